@@ -70,7 +70,8 @@ def load_base_model(
             f"cannot load the base model {name!r}: {error}. Expected a Hugging Face id, a folder "
             f"with config.json and safetensors weights, a .gguf file, or {DEFAULT_MODEL!r}."
         ) from error
-    model.requires_grad_(False).to(device).eval()
+    torch.nn.Module.to(model, device)
+    model.requires_grad_(False).eval()
     return LoadedModel(model, tokenizer, BaseModelSpec.from_model(model, name))
 
 
@@ -123,7 +124,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"cannot read the GGUF file {gguf}: {error}") from error
     # Its tensors are dense now; transformers still refuses to save what it calls quantized.
-    model.hf_quantizer = None
+    setattr(model, "hf_quantizer", None)  # noqa: B010 - nn.Module's __setattr__ is typed for tensors
     del model.config.quantization_config
-    model.to(torch.bfloat16).save_pretrained(folder)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
