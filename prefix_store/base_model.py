@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 _FINGERPRINT_SAMPLE = 64
+_ALIASES = {"smollm2-135m": "smollm2-135m-instruct"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +58,14 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def same_model_name(one: str, other: str) -> bool:
+    """Whether two names (hub ids, aliases, paths) end in the same word, whatever its case."""
+    return _last_word(one) == _last_word(other)
+
+
+def _last_word(name: str) -> str:
+    word = name.rstrip("/").lower()
+    # Only a bare word is an alias: `HuggingFaceTB/SmolLM2-135M` is a model of its own.
+    return _ALIASES.get(word, word.rsplit("/", 1)[-1])

@@ -25,8 +25,16 @@ class UnknownTaskError(PrefixStoreError):
     """No task of this name."""
 
 
+class UnknownVersionError(PrefixStoreError):
+    """No artefact of this version is stored any more."""
+
+
+class CorruptArtefactError(PrefixStoreError):
+    """The stored bytes do not have the hash that names them."""
+
+
 class StoreUnavailableError(PrefixStoreError):
-    """Redis did not answer."""
+    """The store did not answer; the request may succeed later."""
 
 
 class ModelLoadError(PrefixStoreError):

@@ -71,7 +71,7 @@ def load_base_model(
             f"with config.json and safetensors weights, a .gguf file, or {DEFAULT_MODEL!r}."
         ) from error
     torch.nn.Module.to(model, device)
-    model.requires_grad_(False).eval()
+    model.requires_grad_(False).train(False)
     return LoadedModel(model, tokenizer, BaseModelSpec.from_model(model, name))
 
 

@@ -1,0 +1,67 @@
+"""Whether a prefix fits a base model."""
+
+from __future__ import annotations
+
+from prefix_store.base_model import BaseModelSpec, same_model_name
+from prefix_store.errors import IncompatiblePrefixError
+from prefix_store.prefix import KEYS, Prefix
+
+
+def check_fits(prefix: Prefix, spec: BaseModelSpec, max_prefix_length: int) -> None:
+    """Refuse a prefix that the base model `spec` cannot use.
+
+    Args:
+        max_prefix_length: most positions a prefix may take on this server; the model's own
+            `max_positions` bounds it too.
+
+    Raises:
+        IncompatiblePrefixError: other layers, key-value heads or head size, too long, or made for
+            another base model.
+    """
+    _check_sizes(prefix, spec)
+    _check_length(prefix, min(max_prefix_length, spec.max_positions - 1))
+    check_same_model(prefix.base_model, prefix.fingerprint, spec)
+
+
+def check_same_model(base_model: str, fingerprint: str, spec: BaseModelSpec) -> None:
+    """Refuse a prefix made for another base model; an empty argument is unknown, not different.
+
+    Raises:
+        IncompatiblePrefixError: the fingerprints differ, or one is unknown and the names differ.
+    """
+    if fingerprint and spec.fingerprint:
+        if fingerprint != spec.fingerprint:
+            raise IncompatiblePrefixError(
+                f"the prefix was made for base model {base_model!r} with fingerprint "
+                f"{fingerprint[:12]}; this server runs {spec.name!r}, {spec.fingerprint[:12]}. "
+                "Train it on the model that the server runs."
+            )
+    elif base_model and not same_model_name(base_model, spec.name):
+        raise IncompatiblePrefixError(
+            f"the prefix names the base model {base_model!r}; this server runs {spec.name!r}. "
+            "If they are the same model, rename it in the prefix."
+        )
+
+
+def _check_sizes(prefix: Prefix, spec: BaseModelSpec) -> None:
+    layers, heads, length, head_dim = prefix.keys.shape
+    expected = [spec.num_layers, spec.num_kv_heads, length, spec.head_dim]
+    for name, found, wanted in (
+        ("layers", layers, spec.num_layers),
+        ("key-value heads", heads, spec.num_kv_heads),
+        ("numbers per head", head_dim, spec.head_dim),
+    ):
+        if found != wanted:
+            raise IncompatiblePrefixError(
+                f"{KEYS} has {found} {name} and the base model {spec.name!r} has {wanted}: "
+                f"found shape {list(prefix.keys.shape)}, expected {expected}"
+                + (f"; the prefix names {prefix.base_model!r}" if prefix.base_model else "")
+            )
+
+
+def _check_length(prefix: Prefix, longest: int) -> None:
+    if prefix.prefix_length > longest:
+        raise IncompatiblePrefixError(
+            f"{KEYS} has prefix length {prefix.prefix_length} (shape {list(prefix.keys.shape)}); "
+            f"expected at most {longest}, to leave room for text on this server"
+        )
