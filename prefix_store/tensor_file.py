@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -29,28 +30,49 @@ def read_tensor_file(
         InvalidPrefixError: not safetensors, damaged, a header over `MAX_HEADER_BYTES`, or other
             tensors than `names`.
     """
-    metadata = _metadata(data)
+    header = _header(data)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise InvalidPrefixError("the safetensors metadata is not a JSON object")
+    if set(header) != set(names):
+        raise InvalidPrefixError(
+            f"the file holds the tensors {_listed(header)}; expected exactly {_listed(names)}"
+        )
     try:
         tensors = load_safetensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise InvalidPrefixError(
             f"the safetensors file is truncated or damaged: {error}"
         ) from error
-    if set(tensors) != set(names):
-        raise InvalidPrefixError(
-            f"the file holds the tensors {_listed(tensors)}; expected exactly {_listed(names)}"
-        )
     return tensors, metadata
 
 
+def tensor_names(data: bytes) -> set[str]:
+    """What the tensors of a safetensors file are called.
+
+    Raises:
+        InvalidPrefixError: as `read_tensor_file`.
+    """
+    return set(_header(data)) - {"__metadata__"}
+
+
 def is_tensor_file(data: bytes) -> bool:
-    """Whether the bytes begin as a safetensors file does: a header length, then a JSON object."""
-    return len(data) > _LENGTH_BYTES and data[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
+    """Whether the bytes begin as safetensors: a header's length, below 4 GiB, and a JSON object."""
+    return data[4:_LENGTH_BYTES] == bytes(4) and data[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
 
 
-def _metadata(data: bytes) -> dict[str, str]:
+def check_tensor_file(name: str, data: bytes) -> None:
+    """Refuse bytes that do not begin as safetensors, saying what they look like.
+
+    Raises:
+        InvalidPrefixError: `not is_tensor_file(data)`; calls the bytes `name`.
+    """
     if not is_tensor_file(data):
-        raise InvalidPrefixError(f"not a safetensors file: {_guess(data)}")
+        raise InvalidPrefixError(f"{name} is not safetensors: {_guess(data)}")
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    check_tensor_file("the file", data)
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise InvalidPrefixError(
@@ -66,10 +88,7 @@ def _metadata(data: bytes) -> dict[str, str]:
         header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
     except (ValueError, RecursionError) as error:
         raise InvalidPrefixError("the safetensors header is not JSON") from error
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise InvalidPrefixError("the safetensors metadata is not a JSON object")
-    return metadata
+    return cast("dict[str, Any]", header)
 
 
 def _guess(data: bytes) -> str:
