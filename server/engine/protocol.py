@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
@@ -111,11 +111,28 @@ class StepStats:
     decode_rows: int
     prefill_tokens: int
     seconds: float
-    stats: EngineStats = field()
+    stats: EngineStats
 
 
 StepObserver = Callable[[StepStats], None]
 """Called on the engine's thread after each step; must be quick and must not raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes of an engine.
+
+    Attributes:
+        max_slots: sequences that run at once.
+        max_length: positions per slot; lowered to what the model has positions for.
+        prefill_tokens: most prompt tokens computed in one step.
+        max_waiting: requests that may wait for a slot; more are refused.
+    """
+
+    max_slots: int = 64
+    max_length: int = 2048
+    prefill_tokens: int = 256
+    max_waiting: int = 512
 
 
 class EngineError(Exception):
@@ -138,6 +155,19 @@ class EngineFailedError(EngineError):
     """The step this request was in failed, or the engine is closed."""
 
 
+class TokenStream(Protocol):
+    """The tokens of one request, as they are generated."""
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        """Itself."""
+
+    async def __anext__(self) -> TokenEvent:
+        """The next token; EngineFailedError when there will be none."""
+
+    async def aclose(self) -> None:
+        """Cancel the request if it has not ended."""
+
+
 class Engine(Protocol):
     """Turns requests into tokens. All methods are called on the event loop."""
 
@@ -149,12 +179,12 @@ class Engine(Protocol):
     def max_length(self) -> int:
         """Most positions one sequence may take: prefix + prompt + generated."""
 
-    def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    def submit(self, request: GenerationRequest) -> TokenStream:
         """Queue a request; its tokens come from the iterator, the last with a finish_reason.
 
         Raises at once: QueueFullError, RequestTooLongError, PrefixNotLoadedError,
-        EngineFailedError. While iterating: EngineFailedError. Closing the iterator early
-        cancels the request.
+        EngineFailedError. While iterating: EngineFailedError. Who stops iterating early calls
+        the stream's `aclose`.
         """
 
     def cancel(self, request_id: str) -> None:

@@ -1,0 +1,244 @@
+"""The native engine: `EngineCore` on a thread of its own, behind the `Engine` protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Self
+
+from prefix_store.base_model import BaseModelSpec
+from prefix_store.model_loading import LoadedModel
+from prefix_store.prefix import Prefix
+from server.engine.core import EngineCore, Event
+from server.engine.protocol import (
+    EngineConfig,
+    EngineFailedError,
+    EngineStats,
+    GenerationRequest,
+    PrefixNotLoadedError,
+    QueueFullError,
+    RequestTooLongError,
+    SamplingParams,
+    StepObserver,
+    TokenEvent,
+)
+from server.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+Command = Callable[[EngineCore], None] | None
+"""Something for the engine thread to do between steps; None stops the thread."""
+
+
+class _EventStream:
+    """The tokens of one request, as they are generated."""
+
+    def __init__(self, engine: NativeEngine, request_id: str) -> None:
+        self._engine = engine
+        self._request_id = request_id
+        self._events: asyncio.Queue[TokenEvent | EngineFailedError] = asyncio.Queue()
+        self._ended = False
+
+    def push(self, event: TokenEvent | EngineFailedError) -> None:
+        """Add what the engine sent."""
+        self._events.put_nowait(event)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if isinstance(event, EngineFailedError):
+            self._ended = True
+            raise event
+        self._ended = event.finish_reason is not None
+        return event
+
+    async def aclose(self) -> None:
+        """Cancel the request if it has not ended."""
+        if not self._ended:
+            self._ended = True
+            self._engine.cancel(self._request_id)
+
+
+class NativeEngine:
+    """Continuous batching of a transformers model. Make, use and close it on one event loop.
+
+    One thread owns the model. The event loop hands it commands through a queue; it hands back each
+    step's events with one call into the loop.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig, on_step: StepObserver | None = None
+    ) -> None:
+        """Take over `loaded.model` and start the thread.
+
+        Raises:
+            ModelLoadError: the model's attention cannot be batched exactly.
+        """
+        self._loaded = loaded
+        max_length = min(config.max_length, loaded.spec.max_positions)
+        self._config = replace(config, max_length=max_length)
+        self._on_step = on_step
+        self._core = EngineCore(loaded, self._config)
+        self._stats = self._core.stats
+        self._loop = asyncio.get_running_loop()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._streams: dict[str, _EventStream] = {}
+        self._prefixes: dict[str, Prefix] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def spec(self) -> BaseModelSpec:
+        """The base model it runs."""
+        return self._loaded.spec
+
+    @property
+    def max_length(self) -> int:
+        """Most positions one sequence may take: prefix + prompt + generated."""
+        return self._config.max_length
+
+    def submit(self, request: GenerationRequest) -> _EventStream:
+        """See `Engine.submit`."""
+        return self._submit(request, self._prefix_of(request), capture=None)
+
+    def cancel(self, request_id: str) -> None:
+        """See `Engine.cancel`."""
+        if self._streams.pop(request_id, None) is not None:
+            self._commands.put(lambda core: core.cancel(request_id))
+            self._settle()
+
+    async def load_prefix(self, version: str, prefix: Prefix) -> None:
+        """See `Engine.load_prefix`."""
+        model = self._loaded.model
+        self._prefixes[version] = await asyncio.to_thread(prefix.to, model.device, model.dtype)
+
+    def drop_prefix(self, version: str) -> None:
+        """See `Engine.drop_prefix`."""
+        self._prefixes.pop(version, None)
+
+    async def compute_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
+        """See `Engine.compute_prefix`; it takes a slot and its turn like any request."""
+        request = GenerationRequest(
+            f"prefix-{uuid.uuid4().hex}", token_ids, SamplingParams(max_new_tokens=1)
+        )
+        captured: Future[Prefix] = Future()
+        stream = self._submit(request, None, capture=captured)
+        try:
+            prefix = await asyncio.wrap_future(captured)
+        finally:
+            await stream.aclose()
+        return replace(prefix, base_model=self.spec.name, fingerprint=self.spec.fingerprint)
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        return self._stats
+
+    async def close(self, drain_seconds: float = 0.0) -> None:
+        """See `Engine.close`."""
+        self._closing = True
+        try:
+            async with asyncio.timeout(drain_seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("%d requests were still running at the deadline", len(self._streams))
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._prefixes.clear()
+
+    def _submit(
+        self, request: GenerationRequest, prefix: Prefix | None, capture: Future[Prefix] | None
+    ) -> _EventStream:
+        if self._closing:
+            raise EngineFailedError("the server is shutting down")
+        self._check_length(request, prefix)
+        if len(self._streams) >= self._config.max_slots + self._config.max_waiting:
+            raise QueueFullError(
+                f"{self._config.max_waiting} requests are waiting already, the most that may; "
+                "try again in a moment"
+            )
+        stream = _EventStream(self, request.request_id)
+        self._streams[request.request_id] = stream
+        self._idle.clear()
+        sequence = Sequence(request, prefix, capture)
+        self._commands.put(lambda core: core.add(sequence))
+        return stream
+
+    def _prefix_of(self, request: GenerationRequest) -> Prefix | None:
+        if request.prefix_version is None:
+            return None
+        prefix = self._prefixes.get(request.prefix_version)
+        if prefix is None:
+            raise PrefixNotLoadedError(f"prefix {request.prefix_version} is not loaded")
+        return prefix
+
+    def _check_length(self, request: GenerationRequest, prefix: Prefix | None) -> None:
+        prefix_length = 0 if prefix is None else prefix.prefix_length
+        prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
+        if prompt < 1 or new < 1:
+            raise ValueError(f"a request needs a prompt and a token to generate, not {request}")
+        if prefix_length + prompt + new > self.max_length:
+            raise RequestTooLongError(
+                f"{prefix_length} prefix + {prompt} prompt + {new} new tokens are more than the "
+                f"{self.max_length} that fit; shorten the input or max_new_tokens"
+            )
+
+    def _deliver(self, events: list[Event], stats: EngineStats) -> None:
+        """On the event loop: hand each event to the request it belongs to."""
+        self._stats = stats
+        for request_id, event in events:
+            stream = self._streams.get(request_id)
+            if stream is None:  # cancelled while the step ran
+                continue
+            stream.push(event)
+            if isinstance(event, EngineFailedError) or event.finish_reason is not None:
+                del self._streams[request_id]
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self._streams:
+            self._idle.set()
+
+    def _run(self) -> None:
+        """The engine thread: commands between steps, steps while there is work."""
+        reason = "the server is shutting down"
+        try:
+            while self._obey():
+                result = self._core.step()
+                if self._on_step is not None:
+                    self._on_step(result.stats)
+                self._post(result.events)
+        except Exception:
+            logger.exception("the engine stopped")
+            reason = "the engine stopped; restart the server"
+        self._closing = True
+        self._post(self._core.fail_all(reason))
+
+    def _obey(self) -> bool:
+        """Carry out the waiting commands, or wait for work; False once told to stop."""
+        while not self._core.has_work or not self._commands.empty():
+            command = self._commands.get()
+            if command is None:
+                return False
+            command(self._core)
+            self._post([])
+        return True
+
+    def _post(self, events: list[Event]) -> None:
+        stats = self._core.stats
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, events, stats)
+        except RuntimeError:  # the loop was closed without closing the engine first
+            logger.warning("the event loop is gone; %d events are lost", len(events))

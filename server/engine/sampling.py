@@ -1,0 +1,177 @@
+"""The next token of every row, chosen in one pass over the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+
+from server.engine.protocol import SamplingParams, TokenLogprob
+from server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A row's next token and the likeliest alternatives, with the model's own log-probabilities."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sample | None]:
+    """Choose each row's next token as its `SamplingParams` say.
+
+    Args:
+        logits: float32 `[rows, vocab]`; overwritten.
+        sequences: one per row; each sampled one draws one number from its own generator, so the
+            choice does not depend on the rest of the batch.
+
+    Returns:
+        One sample per row, None where the row's logits hold NaN or infinity.
+    """
+    normalizer = logits.logsumexp(dim=-1)
+    finite = normalizer.isfinite().tolist()
+    top = _top_logprobs(logits, normalizer, sequences)
+    chosen = _choose(logits, [s if ok else None for s, ok in zip(sequences, finite, strict=True)])
+    logprobs = chosen.raw_logits - normalizer
+    rows = zip(finite, chosen.token_ids.tolist(), logprobs.tolist(), top, strict=True)
+    return [
+        Sample(TokenLogprob(token_id, logprob), alternatives) if ok else None
+        for ok, token_id, logprob, alternatives in rows
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    token_ids: torch.Tensor  # int64 [rows]
+    raw_logits: torch.Tensor  # float32 [rows], before penalties
+
+
+def _choose(logits: torch.Tensor, sequences: Rows[Sequence | None]) -> _Chosen:
+    special = [i for i, s in enumerate(sequences) if s and _is_special(s.request.sampling)]
+    token_ids = logits.argmax(dim=-1)
+    if special:
+        rows = torch.tensor(special, device=logits.device)
+        token_ids[rows] = _choose_special(
+            logits[rows], [s for i in special if (s := sequences[i]) is not None]
+        )
+    return _Chosen(token_ids, logits.gather(1, token_ids[:, None])[:, 0])
+
+
+def _is_special(params: SamplingParams) -> bool:
+    return params.do_sample or _is_penalized(params)
+
+
+def _is_penalized(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0
+
+
+def _choose_special(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
+    """Token ids `[rows]` for rows with penalties or sampling; `logits` is overwritten."""
+    for row, sequence in zip(logits, sequences, strict=True):
+        if _is_penalized(sequence.request.sampling):
+            _penalize(row, sequence)
+    params = [s.request.sampling for s in sequences]
+    token_ids = logits.argmax(dim=-1)
+    drawn = [i for i, p in enumerate(params) if p.do_sample]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits.device)
+        uniforms = torch.tensor([sequences[i].rng.random() for i in drawn], device=logits.device)
+        token_ids[rows] = draw(logits[rows], [params[i] for i in drawn], uniforms)
+    return token_ids
+
+
+def _penalize(row: torch.Tensor, sequence: Sequence) -> None:
+    params = sequence.request.sampling
+    output = torch.tensor(sequence.output_ids, device=row.device, dtype=torch.int64)
+    if params.repetition_penalty != 1.0:
+        prompt = torch.tensor(sequence.request.prompt_ids, device=row.device)
+        seen = torch.unique(torch.cat([prompt, output]))
+        score, penalty = row[seen], params.repetition_penalty
+        row[seen] = torch.where(score > 0, score / penalty, score * penalty)
+    if params.frequency_penalty != 0.0:
+        row.scatter_add_(0, output, row.new_full(output.shape, -params.frequency_penalty))
+
+
+def draw(
+    logits: torch.Tensor, params: Rows[SamplingParams], uniforms: torch.Tensor
+) -> torch.Tensor:
+    """Invert each row's cumulative distribution at its own uniform number in [0, 1).
+
+    Args:
+        logits: float32 `[rows, vocab]`.
+        params: temperature and filters of each row.
+        uniforms: float `[rows]`.
+
+    Returns:
+        int64 `[rows]`.
+    """
+    scores = logits / _column([p.temperature for p in params], logits)
+    filtered = [
+        i
+        for i, p in enumerate(params)
+        if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 or p.typical_p < 1.0
+    ]
+    if filtered:
+        rows = torch.tensor(filtered, device=logits.device)
+        scores[rows] = filter_logits(scores[rows], [params[i] for i in filtered])
+    # float64: 50k float32 additions would blur the cumulative sum more than the tokens differ.
+    cumulative = scores.softmax(dim=-1).double().cumsum(dim=-1)
+    targets = uniforms.double()[:, None] * cumulative[:, -1:]
+    token_ids = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    return token_ids.clamp_(max=logits.shape[-1] - 1)
+
+
+def filter_logits(scores: torch.Tensor, params: Rows[SamplingParams]) -> torch.Tensor:
+    """`scores` with everything outside top_k, then top_p, min_p and typical_p set to -inf.
+
+    The same rules, in the same order, as transformers' logits warpers.
+    """
+    vocab = scores.shape[-1]
+    ranked, token_ids = scores.sort(dim=-1, descending=True)
+    top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=scores.device)
+    smallest = ranked.gather(1, top_k[:, None] - 1)
+    ranked = ranked.masked_fill(ranked < smallest, -torch.inf)
+
+    probs = ranked.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    dropped = before >= _column([p.top_p for p in params], probs)
+    dropped |= probs < _column([p.min_p for p in params], probs) * probs[:, :1]
+    dropped[:, 0] = False  # the likeliest token always stays
+    ranked = ranked.masked_fill(dropped, -torch.inf)
+
+    if any(p.typical_p < 1.0 for p in params):
+        ranked = _keep_typical(ranked, _column([p.typical_p for p in params], probs))
+    return torch.full_like(scores, -torch.inf).scatter_(1, token_ids, ranked)
+
+
+def _keep_typical(scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Locally typical sampling (Meister et al. 2022): keep what is about as surprising as usual."""
+    logprobs = scores.log_softmax(dim=-1)
+    probs = logprobs.exp()
+    entropy = -(logprobs * probs).nansum(dim=-1, keepdim=True)
+    distance, order = (-logprobs - entropy).abs().sort(dim=-1)
+    reached = probs.gather(1, order).cumsum(dim=-1)
+    last = (reached < mass).sum(dim=-1, keepdim=True).clamp_(max=scores.shape[-1] - 1)
+    threshold = torch.where(mass < 1.0, distance.gather(1, last), torch.inf)
+    return scores.masked_fill((-logprobs - entropy).abs() > threshold, -torch.inf)
+
+
+def _top_logprobs(
+    logits: torch.Tensor, normalizer: torch.Tensor, sequences: Rows[Sequence]
+) -> list[tuple[TokenLogprob, ...]]:
+    wanted = [s.request.sampling.top_logprobs for s in sequences]
+    most = min(max(wanted), logits.shape[-1])
+    if most == 0:
+        return [()] * len(wanted)
+    best = logits.topk(most, dim=-1)
+    logprobs = (best.values - normalizer[:, None]).tolist()
+    return [
+        tuple(TokenLogprob(t, p) for t, p in zip(ids[:n], row[:n], strict=True))
+        for n, ids, row in zip(wanted, best.indices.tolist(), logprobs, strict=True)
+    ]
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]

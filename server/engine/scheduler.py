@@ -1,0 +1,92 @@
+"""Which sequence has which slot, and whose prompt is prefilled next."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from server.engine.sequence import NO_SLOT, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """The next `token_ids` of a sequence's prompt, for positions `start`, `start + 1`, ..."""
+
+    sequence: Sequence
+    start: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMove:
+    """Slot `source`'s first `length` positions belong in slot `target` now."""
+
+    source: int
+    target: int
+    length: int
+
+
+class Scheduler:
+    """First come, first served, over slots that are always the dense range 0 .. running - 1.
+
+    Dense slots let a decode step read the KV memory as one slice, without a gather: when a
+    sequence leaves, the last one moves into its place.
+    """
+
+    def __init__(self, max_slots: int, prefill_tokens: int) -> None:
+        self.max_slots = max_slots
+        self.prefill_tokens = prefill_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # running[i].slot == i
+
+    @property
+    def has_work(self) -> bool:
+        """True while any sequence waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.waiting.append(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Give free slots to the longest waiting sequences and return these."""
+        admitted = []
+        while self.waiting and len(self.running) < self.max_slots:
+            sequence = self.waiting.popleft()
+            sequence.slot = len(self.running)
+            sequence.length = sequence.prefix_length
+            sequence.queue_seconds = time.perf_counter() - sequence.arrived_at
+            self.running.append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def plan_prefill(self) -> list[PrefillChunk]:
+        """Up to `prefill_tokens` prompt tokens, earliest arrivals first.
+
+        The bound keeps a long prompt from stalling the sequences that are decoding.
+        """
+        budget = self.prefill_tokens
+        chunks = []
+        prefilling = (sequence for sequence in self.running if not sequence.is_decoding)
+        for sequence in sorted(prefilling, key=lambda s: s.arrived_at):
+            if budget == 0:
+                break
+            token_ids = sequence.uncomputed_prompt[:budget]
+            chunks.append(PrefillChunk(sequence, sequence.length, token_ids))
+            budget -= len(token_ids)
+        return chunks
+
+    def remove(self, sequence: Sequence) -> SlotMove | None:
+        """Take a sequence out of the queue or its slot; returns the move that keeps slots dense."""
+        if sequence.slot == NO_SLOT:
+            self.waiting.remove(sequence)
+            return None
+        hole, sequence.slot = sequence.slot, NO_SLOT
+        last = self.running.pop()
+        if last is sequence:
+            return None
+        move = SlotMove(source=last.slot, target=hole, length=last.length)
+        self.running[hole] = last
+        last.slot = hole
+        return move

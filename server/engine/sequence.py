@@ -1,0 +1,55 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import random
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from prefix_store.prefix import Prefix
+from server.engine.protocol import GenerationRequest
+
+NO_SLOT = -1
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The engine thread's own state of a request; nothing outside that thread touches it.
+
+    Attributes:
+        request: what was asked.
+        prefix: already on the model's device, or None for the bare base model.
+        capture: set when the caller wants the prompt's keys and values instead of new tokens.
+        slot: its row of the KV memory, or NO_SLOT while it waits.
+        length: positions of the slot that are filled: the prefix, then the tokens computed so far.
+        output_ids: tokens generated so far; the last one is not in the slot yet.
+    """
+
+    request: GenerationRequest
+    prefix: Prefix | None
+    capture: Future[Prefix] | None = None
+    slot: int = NO_SLOT
+    length: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    arrived_at: float = field(default_factory=time.perf_counter)
+    queue_seconds: float = 0.0
+    rng: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.request.sampling.seed)  # noqa: S311 - not for secrets
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions taken by the prefix."""
+        return 0 if self.prefix is None else self.prefix.prefix_length
+
+    @property
+    def uncomputed_prompt(self) -> tuple[int, ...]:
+        """Prompt tokens that have not been prefilled yet."""
+        return self.request.prompt_ids[max(0, self.length - self.prefix_length) :]
+
+    @property
+    def is_decoding(self) -> bool:
+        """True once the whole prompt is in the slot."""
+        return self.length >= self.prefix_length + len(self.request.prompt_ids)

@@ -1,0 +1,185 @@
+"""The exactness contract: whatever else runs, a request's tokens are those it has alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from prefix_store.model_loading import LoadedModel
+from prefix_store.prefix import Prefix
+from server.engine.core import EngineCore
+from server.engine.protocol import (
+    EngineConfig,
+    EngineFailedError,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    TokenEvent,
+)
+from server.engine.sequence import Sequence
+from tests.engine.reference import greedy, random_prefix
+
+CONFIG = EngineConfig(max_slots=3, max_length=80, prefill_tokens=16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request, the step before which it arrives, and the tokens after which it is cancelled."""
+
+    prefix_length: int
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    arrives_at: int = 0
+    cancelled_at: int | None = None
+    sampling: dict[str, float | int | bool] = field(default_factory=dict)
+
+    def sequence(self, loaded: LoadedModel, index: int) -> Sequence:
+        params = SamplingParams(max_new_tokens=self.max_new_tokens, **self.sampling)
+        request = GenerationRequest(str(index), self.prompt_ids, params)
+        return Sequence(request, self.prefix(loaded))
+
+    def prefix(self, loaded: LoadedModel) -> Prefix | None:
+        if self.prefix_length == 0:
+            return None
+        return random_prefix(loaded, self.prefix_length, seed=self.prefix_length)
+
+
+def run(
+    loaded: LoadedModel, plans: list[Plan], config: EngineConfig = CONFIG
+) -> list[list[TokenEvent]]:
+    """Every plan's events, with arrivals and cancellations at their steps."""
+    core = EngineCore(loaded, CONFIG)
+    events: list[list[TokenEvent]] = [[] for _ in plans]
+    step = 0
+    while core.has_work or any(plan.arrives_at >= step for plan in plans):
+        for index, plan in enumerate(plans):
+            if plan.arrives_at == step:
+                core.add(plan.sequence(loaded, index))
+        for request_id, event in core.step().events:
+            assert isinstance(event, TokenEvent), event
+            events[int(request_id)].append(event)
+        for index, plan in enumerate(plans):
+            if plan.cancelled_at is not None and len(events[index]) >= plan.cancelled_at:
+                core.cancel(str(index))
+        step += 1
+    assert core.stats.running == core.stats.waiting == 0
+    return events
+
+
+def token_ids(events: list[TokenEvent]) -> list[int]:
+    return [event.chosen.token_id for event in events]
+
+
+plans_strategy = st.lists(
+    st.builds(
+        Plan,
+        prefix_length=st.sampled_from([0, 0, 1, 3, 8, 17]),
+        prompt_ids=st.lists(st.integers(6, 96), min_size=1, max_size=40).map(tuple),
+        max_new_tokens=st.integers(1, 12),
+        arrives_at=st.integers(0, 8),
+        cancelled_at=st.none() | st.integers(1, 6),
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(plans=plans_strategy)
+def test_greedy_tokens_are_those_of_the_request_alone(tiny: LoadedModel, plans: list[Plan]) -> None:
+    for plan, events in zip(plans, run(tiny, plans), strict=True):
+        expected, _ = greedy(tiny, plan.prefix(tiny), plan.prompt_ids, plan.max_new_tokens)
+        if plan.cancelled_at is None:
+            assert token_ids(events) == expected
+            ended = FinishReason.EOS_TOKEN if expected[-1] == 5 else FinishReason.LENGTH
+            assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
+            assert events[-1].finish_reason in {ended, FinishReason.EOS_TOKEN}
+        else:
+            assert token_ids(events) == expected[: len(events)]
+
+
+def test_logprobs_agree_with_the_request_alone(tiny: LoadedModel) -> None:
+    plans = [
+        Plan(length, tuple(range(6, 6 + prompt)), 6, sampling={"top_logprobs": 97})
+        for length, prompt in [(0, 3), (5, 30), (17, 1), (1, 19)]
+    ]
+    for plan, events in zip(plans, run(tiny, plans), strict=True):
+        _, logits = greedy(tiny, plan.prefix(tiny), plan.prompt_ids, plan.max_new_tokens)
+        for event, row in zip(events, logits.log_softmax(-1), strict=True):
+            top = {t.token_id: t.logprob for t in event.top}
+            found = torch.tensor([top[i] for i in range(len(row))])
+            assert torch.allclose(found, row, atol=1e-4)
+            assert event.chosen.logprob == pytest.approx(
+                float(row[event.chosen.token_id]), abs=1e-4
+            )
+
+
+def test_a_seeded_sample_does_not_depend_on_its_batch(tiny: LoadedModel) -> None:
+    sampling = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "seed": 42}
+    sampled = Plan(8, (9, 10, 11), 12, sampling=sampling)
+    alone = token_ids(run(tiny, [sampled])[0])
+    others = [Plan(3, tuple(range(6, 40)), 9), Plan(0, (7,), 12, sampling={"do_sample": True})]
+    crowded = Plan(8, (9, 10, 11), 12, arrives_at=2, sampling=sampling)
+    assert token_ids(run(tiny, [*others, crowded])[2]) == alone
+    other_seed = Plan(8, (9, 10, 11), 12, sampling={**sampling, "seed": 43})
+    assert token_ids(run(tiny, [other_seed])[0]) != alone
+
+
+def test_repetition_penalty_equals_transformers(tiny: LoadedModel) -> None:
+    prompt = (9, 10, 11, 12, 9)
+    plan = Plan(0, prompt, 12, sampling={"repetition_penalty": 1.7})
+    crowd = Plan(17, tuple(range(6, 30)), 12)
+    expected = tiny.model.generate(
+        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, repetition_penalty=1.7
+    )[0, len(prompt) :]
+    assert token_ids(run(tiny, [crowd, plan])[1]) == expected.tolist()
+
+
+def test_a_long_prompt_does_not_stall_those_that_decode(tiny_llama: LoadedModel) -> None:
+    core = EngineCore(tiny_llama, CONFIG)
+    core.add(Plan(0, (6, 7), 30).sequence(tiny_llama, 0))
+    core.step()
+    core.add(Plan(3, tuple(range(6, 66)), 2).sequence(tiny_llama, 1))
+    for _ in range(3):  # 60 prompt tokens, 16 a step: the first three steps cannot finish them
+        assert [request_id for request_id, _ in core.step().events] == ["0"]
+
+
+def test_a_poisoned_prefix_fails_its_own_request_only(tiny_llama: LoadedModel) -> None:
+    core = EngineCore(tiny_llama, CONFIG)
+    spec = tiny_llama.spec
+    huge = torch.full((spec.num_layers, spec.num_kv_heads, 4, spec.head_dim), 3e38)
+    poison = Sequence(
+        GenerationRequest("bad", (6, 7, 8), SamplingParams(max_new_tokens=4)),
+        Prefix(huge, huge, method="poison"),
+    )
+    neighbour = Plan(0, (9, 10), 8)
+    core.add(neighbour.sequence(tiny_llama, 0))
+    core.add(poison)
+    after = Plan(0, (11, 12), 8)
+    seen: dict[str, list[object]] = {"0": [], "1": [], "bad": []}
+    for step in range(20):
+        if step == 3:
+            core.add(after.sequence(tiny_llama, 1))  # takes the poisoned slot
+        for request_id, event in core.step().events:
+            seen[request_id].append(event)
+    assert [type(event) for event in seen["bad"]] == [EngineFailedError]
+    for plan, index in [(neighbour, "0"), (after, "1")]:
+        expected, _ = greedy(tiny_llama, None, plan.prompt_ids, plan.max_new_tokens)
+        assert token_ids(seen[index]) == expected  # type: ignore[arg-type]
+
+
+def test_real_model_mixes_tasks_exactly(smollm2: LoadedModel) -> None:
+    prompts = ["The capital of France is", "name : Cotto | food : Chinese", "Once upon a time"]
+    plans = [
+        Plan(length, tuple(smollm2.tokenizer(text)["input_ids"]), 8, arrives_at=arrival)
+        for arrival, (length, text) in enumerate(zip([0, 16, 5], prompts, strict=True))
+    ]
+    for plan, events in zip(plans, run(smollm2, plans), strict=True):
+        expected, _ = greedy(smollm2, plan.prefix(smollm2), plan.prompt_ids, plan.max_new_tokens)
+        assert token_ids(events) == expected
