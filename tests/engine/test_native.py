@@ -1,0 +1,182 @@
+"""The engine on its thread, as the server uses it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+
+from prefix_store.model_loading import LoadedModel
+from prefix_store.prefix import Prefix
+from server.engine.native import NativeEngine
+from server.engine.protocol import (
+    EngineConfig,
+    EngineFailedError,
+    FinishReason,
+    GenerationRequest,
+    PrefixNotLoadedError,
+    QueueFullError,
+    RequestTooLongError,
+    SamplingParams,
+    StepStats,
+    TokenStream,
+)
+from tests.engine.reference import as_cache, greedy, random_prefix
+
+CONFIG = EngineConfig(max_slots=2, max_length=64, prefill_tokens=16, max_waiting=1)
+ENDLESS = SamplingParams(max_new_tokens=50, frequency_penalty=5.0)
+
+
+@asynccontextmanager
+async def running(
+    loaded: LoadedModel, config: EngineConfig = CONFIG, steps: list[StepStats] | None = None
+) -> AsyncIterator[NativeEngine]:
+    engine = NativeEngine(loaded, config, on_step=None if steps is None else steps.append)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def request(
+    name: str, prompt: tuple[int, ...] = (9, 10), new: int = 5, version: str | None = None
+) -> GenerationRequest:
+    return GenerationRequest(name, prompt, SamplingParams(max_new_tokens=new), version)
+
+
+async def tokens(stream: TokenStream) -> list[int]:
+    return [event.chosen.token_id async for event in stream]
+
+
+async def settled(engine: NativeEngine) -> None:
+    """Until the engine reports itself empty."""
+    async with asyncio.timeout(20):
+        while engine.stats().running or engine.stats().waiting:
+            await asyncio.sleep(0.001)
+
+
+async def test_tokens_of_a_loaded_prefix(tiny_llama: LoadedModel) -> None:
+    prefix = random_prefix(tiny_llama, 5, seed=1)
+    async with running(tiny_llama) as engine:
+        await engine.load_prefix("v1", prefix)
+        events = [e async for e in engine.submit(request("a", version="v1"))]
+        expected, _ = greedy(tiny_llama, prefix, (9, 10), 5)
+        assert [e.chosen.token_id for e in events] == expected
+        assert events[-1].finish_reason in {FinishReason.LENGTH, FinishReason.EOS_TOKEN}
+        assert events[0].queue_seconds is not None
+        assert all(e.queue_seconds is None for e in events[1:])
+
+
+async def test_dropping_a_prefix_leaves_those_that_run_with_it(tiny_llama: LoadedModel) -> None:
+    prefix = random_prefix(tiny_llama, 5, seed=1)
+    async with running(tiny_llama) as engine:
+        await engine.load_prefix("v1", prefix)
+        stream = engine.submit(request("a", new=20, version="v1"))
+        engine.drop_prefix("v1")
+        expected, _ = greedy(tiny_llama, prefix, (9, 10), 20)
+        assert await tokens(stream) == expected
+        with pytest.raises(PrefixNotLoadedError, match="v1"):
+            engine.submit(request("b", version="v1"))
+
+
+async def test_a_full_queue_refuses_and_then_takes_again(tiny_llama: LoadedModel) -> None:
+    async with running(tiny_llama) as engine:
+        streams = [engine.submit(GenerationRequest(str(i), (9, 10), ENDLESS)) for i in range(3)]
+        with pytest.raises(QueueFullError, match="1 requests are waiting"):
+            engine.submit(request("late"))
+        await streams[0].aclose()
+        assert (
+            await tokens(engine.submit(request("late"))) == greedy(tiny_llama, None, (9, 10), 5)[0]
+        )
+
+
+async def test_closing_a_stream_frees_its_slot(tiny_llama: LoadedModel) -> None:
+    async with running(tiny_llama) as engine:
+        streams = [engine.submit(GenerationRequest(n, (9, 10), ENDLESS)) for n in "ab"]
+        for stream in streams:
+            await stream.__anext__()
+        for stream in streams:
+            await stream.aclose()
+        await settled(engine)
+        with pytest.raises(StopAsyncIteration):
+            await streams[0].__anext__()
+
+
+async def test_lengths_over_the_slot_are_refused_with_every_number(tiny_llama: LoadedModel) -> None:
+    async with running(tiny_llama) as engine:
+        await engine.load_prefix("v1", random_prefix(tiny_llama, 5, seed=1))
+        with pytest.raises(RequestTooLongError) as error:
+            engine.submit(request("a", prompt=(9,) * 40, new=20, version="v1"))
+        assert [n in str(error.value) for n in ("5 prefix", "40 prompt", "20 new", "64")] == [
+            True
+        ] * 4
+
+
+async def test_text_becomes_the_prefix_the_model_computes(tiny: LoadedModel) -> None:
+    text = tuple(range(6, 40))
+    async with running(tiny) as engine:
+        prefix = await engine.compute_prefix(text)
+        assert prefix.method == "text"
+        assert prefix.fingerprint == tiny.spec.fingerprint
+        with torch.inference_mode():
+            past = tiny.model(torch.tensor([text]), use_cache=True).past_key_values
+        for layer in range(tiny.spec.num_layers):
+            assert torch.allclose(prefix.keys[layer], past.layers[layer].keys[0], atol=1e-4)
+            assert torch.allclose(prefix.values[layer], past.layers[layer].values[0], atol=1e-4)
+        await engine.load_prefix("v", prefix)
+        found = await tokens(engine.submit(request("a", version="v")))
+        assert found == greedy(tiny, None, (*text, 9, 10), 5)[0]
+        assert as_cache(prefix).get_seq_length() == len(text)
+        await settled(engine)
+
+
+async def test_a_cancelled_computation_leaves_the_engine_working(tiny_llama: LoadedModel) -> None:
+    async with running(tiny_llama) as engine:
+        task = asyncio.create_task(engine.compute_prefix((9, 10, 11)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await tokens(engine.submit(request("a"))) == greedy(tiny_llama, None, (9, 10), 5)[0]
+
+
+async def test_close_drains_running_requests_and_refuses_new(tiny_llama: LoadedModel) -> None:
+    engine = NativeEngine(tiny_llama, CONFIG)
+    stream = engine.submit(request("a", new=30))
+    closing = asyncio.create_task(engine.close(drain_seconds=30))
+    await asyncio.sleep(0)
+    with pytest.raises(EngineFailedError, match="shutting down"):
+        engine.submit(request("b"))
+    assert await tokens(stream) == greedy(tiny_llama, None, (9, 10), 30)[0]
+    await closing
+
+
+async def test_close_without_time_ends_running_requests(tiny_llama: LoadedModel) -> None:
+    engine = NativeEngine(tiny_llama, CONFIG)
+    stream = engine.submit(GenerationRequest("a", (9, 10), ENDLESS))
+    await stream.__anext__()
+    await engine.close()
+    with pytest.raises(EngineFailedError, match="shutting down"):
+        await tokens(stream)
+
+
+async def test_a_failed_step_ends_its_requests_and_not_the_engine(tiny_llama: LoadedModel) -> None:
+    spec = tiny_llama.spec
+    shape = (spec.num_layers, spec.num_kv_heads + 1, 4, spec.head_dim)  # nobody checked this one
+    async with running(tiny_llama) as engine:
+        await engine.load_prefix("bad", Prefix(torch.ones(shape), torch.ones(shape), "unchecked"))
+        with pytest.raises(EngineFailedError, match="try again"):
+            await tokens(engine.submit(request("a", version="bad")))
+        assert await tokens(engine.submit(request("b"))) == greedy(tiny_llama, None, (9, 10), 5)[0]
+
+
+async def test_steps_are_reported(tiny_llama: LoadedModel) -> None:
+    steps: list[StepStats] = []
+    async with running(tiny_llama, steps=steps) as engine:
+        found = await tokens(engine.submit(request("a", prompt=(9,) * 20)))
+    assert sum(s.prefill_tokens for s in steps) == 20
+    assert sum(s.decode_rows for s in steps) == len(found) - 1
+    assert {s.stats.max_slots for s in steps} == {2}
