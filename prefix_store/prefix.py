@@ -163,6 +163,8 @@ def _check_template(value: object) -> None:
             f"template is {str(value)[:40]!r}; expected text of at most {MAX_TEMPLATE_CHARS} "
             "characters"
         )
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise InvalidPrefixError("template holds half a surrogate pair; expected Unicode text")
     if value and SOURCE not in value:
         raise InvalidPrefixError(
             f"template is {value[:40]!r}; expected {SOURCE} where the input goes, or nothing"

