@@ -1,0 +1,153 @@
+"""Everything an operator can set: by flag, environment variable or TOML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+from pydantic import ByteSize, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from prefix_store.model_loading import DEFAULT_MODEL
+from server.errors import StartupError
+
+ENV_PREFIX = "PREFIXSERVE_"
+
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Serve many tasks from one frozen language model.
+
+    Every setting can also be an environment variable (PREFIXSERVE_MAX_SLOTS=32) or a line of a
+    TOML file (max_slots = 32). A flag comes before a variable, a variable before the file. Sizes
+    take a unit: 512MiB, 2GB.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        cli_prog_name="prefixserve serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_parse_none_str="none",
+        env_parse_none_str="none",
+        use_attribute_docstrings=True,
+        extra="forbid",
+        frozen=True,
+    )
+
+    config: Path | None = None
+    """A TOML file with settings."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to listen on; 0.0.0.0 lets other machines in."""
+
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+
+    data_dir: Path = Path(platformdirs.user_data_dir("prefixserve"))
+    """Where everything the server keeps is: the embedded store and the converted model."""
+
+    model: str = Field(default=DEFAULT_MODEL, min_length=1)
+    """The base model: a Hugging Face id, a folder, a .gguf file, or smollm2-135m."""
+
+    device: str = Field(default="auto", min_length=1)
+    """Where the model runs: cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Numbers the model computes in; auto takes bfloat16 where the hardware has it."""
+
+    redis_url: str | None = Field(
+        default=None, pattern=r"^(redis|rediss|unix)://", repr=False, max_length=2048
+    )
+    """Redis or Valkey that keeps the prefixes, redis://host:6379/0; none starts an own one."""
+
+    demo_tasks: bool = True
+    """Upload the demo tasks when the server's own store is empty."""
+
+    max_slots: int = Field(default=64, ge=1, le=4096)
+    """Sequences generated at once."""
+
+    max_length: int = Field(default=2048, ge=8, le=1_000_000)
+    """Positions per sequence, prefix and prompt included; lowered to what the model has."""
+
+    prefill_tokens: Count = 256
+    """Prompt tokens computed in one step, so that long prompts do not stall running sequences."""
+
+    max_waiting: int = Field(default=512, ge=0, le=1_000_000)
+    """Sequences that may wait for a slot; more are answered 429."""
+
+    prefix_cache_bytes: ByteSize = Field(default="1GiB", validate_default=True, ge=1)
+    """Memory for prefixes kept beside the model; the least recently used go first."""
+
+    max_upload_bytes: ByteSize = Field(default="256MiB", validate_default=True, ge=1024)
+    """Largest prefix upload."""
+
+    max_body_bytes: ByteSize = Field(default="2MiB", validate_default=True, ge=1024)
+    """Largest body of any other request."""
+
+    max_metric_tasks: int = Field(default=100, ge=0, le=10_000)
+    """Tasks that have a label of their own in /metrics; the rest share the label other."""
+
+    store_timeout_seconds: Seconds = 5.0
+    """How long to wait for the store to answer."""
+
+    drain_seconds: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False)
+    """How long running requests may take to finish after SIGTERM."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much to write to stderr; debug includes a line per request."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags come first on their own; then what this returns, in order."""
+        return init_settings, env_settings, _ConfigFile(settings_cls, toml_file=None)
+
+
+class _ConfigFile(TomlConfigSettingsSource):
+    """The TOML file that a flag or a variable names."""
+
+    def __call__(self) -> dict[str, Any]:
+        path = self.current_state.get("config")
+        if path is None:
+            return {}
+        try:
+            return TomlConfigSettingsSource(self.settings_cls, toml_file=Path(path).resolve(True))()
+        except (OSError, ValueError) as error:
+            raise StartupError(f"cannot read the settings file {path}: {error}") from error
+
+
+def load_settings(argv: list[str]) -> Settings:
+    """Settings of a command line; `--help` prints them all and exits.
+
+    Raises:
+        StartupError: a setting is unknown or out of its bounds.
+    """
+    try:
+        return CliApp.run(Settings, cli_args=argv)
+    except SettingsError as error:
+        raise StartupError(str(error)) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        shown = "" if name == "redis_url" else f", not {first['input']!r}"
+        raise StartupError(
+            f"setting {name} (--{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()}): "
+            f"{first['msg']}{shown}"
+        ) from error
