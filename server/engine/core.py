@@ -1,4 +1,4 @@
-"""One step of continuous batching: admit, prefill, decode, finish."""
+"""One step of continuous batching: admit, compute, choose, finish."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.engine.protocol import (
 )
 from server.engine.runner import ModelRunner
 from server.engine.sampling import Sample, sample
-from server.engine.scheduler import PrefillChunk, Scheduler
+from server.engine.scheduler import Scheduler, Span
 from server.engine.sequence import NO_SLOT, Sequence
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ class StepResult:
 class EngineCore:
     """Owns the model and the slots. Not thread-safe: one thread calls everything here.
 
-    A step prefills the next chunks of new prompts, then decodes one token for every sequence whose
-    prompt is complete, those just completed included.
+    A step computes the next token of every sequence whose prompt is complete, and the next chunks
+    of the prompts that are not, in one call of the runner.
     """
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
@@ -77,51 +77,33 @@ class EngineCore:
     def step(self) -> StepResult:
         """Advance every running sequence; a failure ends those that ran, never those that wait."""
         started = time.perf_counter()
-        events: list[Event] = []
-        prefilled = decoded = 0
+        spans: list[Span] = []
         try:
             for sequence in self._scheduler.admit():
-                if sequence.prefix is not None:
-                    self._runner.cache.write_prefix(sequence.slot, sequence.prefix)
-            chunks = self._scheduler.plan_prefill()
-            if chunks:
-                prefilled = sum(len(chunk.token_ids) for chunk in chunks)
-                events += self._prefill(chunks)
-            decoding = [s for s in self._scheduler.running if s.is_decoding]
-            if decoding:
-                decoded = len(decoding)
-                events += self._decode()
+                self._runner.start(sequence)
+            spans = self._scheduler.plan()
+            events = self._compute(spans) if spans else []
         except Exception:
             logger.exception("a step failed; the requests that were running are answered with it")
-            events += self._fail_running("the model failed on this batch; try again")
+            events = self._fail_running("the model failed on this batch; try again")
         seconds = time.perf_counter() - started
-        return StepResult(events, StepStats(decoded, prefilled, seconds, self.stats))
+        return StepResult(events, _step_stats(spans, seconds, self.stats))
 
     def fail_all(self, reason: str) -> list[Event]:
         """End every request with an error."""
         failed = list(self._sequences.values())
         return [self._fail(sequence, reason) for sequence in failed]
 
-    def _prefill(self, chunks: Rows[PrefillChunk]) -> list[Event]:
-        logits = self._runner.prefill(chunks)
-        for chunk in chunks:
-            chunk.sequence.length += len(chunk.token_ids)
-        rows = [i for i, chunk in enumerate(chunks) if chunk.sequence.is_decoding]
-        completed = [chunks[i].sequence for i in rows]
-        return self._emit(logits[rows], completed) if completed else []
-
-    def _decode(self) -> list[Event]:
-        running = list(self._scheduler.running)
-        logits = self._runner.decode(running)
-        rows = [i for i, sequence in enumerate(running) if sequence.is_decoding]
-        decoding = [running[i] for i in rows]
-        for sequence in decoding:
-            sequence.length += 1
-        return self._emit(logits if len(rows) == len(running) else logits[rows], decoding)
-
-    def _emit(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Event]:
-        """The events of `sequences`' next tokens; finished sequences leave their slots."""
-        samples = sample(logits, sequences)
+    def _compute(self, spans: Rows[Span]) -> list[Event]:
+        """Run the model over `spans`; the events of those whose next token it gives."""
+        ending = [i for i, span in enumerate(spans) if span.completes_prompt]
+        logits = self._runner.forward(spans)
+        for span in spans:
+            span.sequence.length = span.end
+        if not ending:
+            return []
+        sequences = [spans[i].sequence for i in ending]
+        samples = sample(logits if len(ending) == len(spans) else logits[ending], sequences)
         return [
             event
             for sequence, chosen in zip(sequences, samples, strict=True)
@@ -130,13 +112,13 @@ class EngineCore:
 
     def _advance(self, sequence: Sequence, chosen: Sample | None) -> Event | None:
         if chosen is None:
-            self._runner.cache.clear(sequence.slot)
+            self._runner.clear(sequence.slot)
             return self._fail(
                 sequence, "the model's output holds NaN or infinity with this task's prefix"
             )
         if sequence.capture is not None:
             if sequence.capture.set_running_or_notify_cancel():
-                keys, values = self._runner.cache.read(sequence.slot, sequence.length)
+                keys, values = self._runner.read(sequence)
                 sequence.capture.set_result(Prefix(keys, values, method="text"))
             self._remove(sequence)
             return None
@@ -160,7 +142,7 @@ class EngineCore:
     def _fail_running(self, reason: str) -> list[Event]:
         running = list(self._scheduler.running)
         for sequence in running:
-            self._runner.cache.clear(sequence.slot)
+            self._runner.clear(sequence.slot)
         return [self._fail(sequence, reason) for sequence in reversed(running)]
 
     def _fail(self, sequence: Sequence, reason: str) -> Event:
@@ -174,8 +156,14 @@ class EngineCore:
         del self._sequences[sequence.request.request_id]
         move = self._scheduler.remove(sequence)
         if move is not None:
-            self._runner.cache.move(move.source, move.target, move.length)
+            self._runner.move(move)
         assert sequence.slot == NO_SLOT  # noqa: S101 - a slot has one owner
+
+
+def _step_stats(spans: Rows[Span], seconds: float, stats: EngineStats) -> StepStats:
+    decoding = [span for span in spans if span.start >= span.sequence.prompt_end]
+    prefilled = sum(len(span.token_ids) for span in spans) - len(decoding)
+    return StepStats(len(decoding), prefilled, seconds, stats)
 
 
 def eos_token_ids(loaded: LoadedModel) -> frozenset[int]:

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from prefix_store.errors import ModelLoadError
 from prefix_store.model_loading import LoadedModel
 from server.engine.kv_cache import SlotCache, Window
-from server.engine.scheduler import PrefillChunk
+from server.engine.scheduler import SlotMove, Span
 from server.engine.sequence import Sequence
 
 
@@ -26,41 +26,63 @@ class ModelRunner:
         self._model = loaded.model
         self._device = loaded.model.device
         self._dtype = loaded.model.dtype
-        self.cache = SlotCache(loaded.spec, max_slots, max_length, self._device, self._dtype)
+        self._cache = SlotCache(loaded.spec, max_slots, max_length, self._device, self._dtype)
         self._positions = torch.arange(max_length, device=self._device)
 
-    def prefill(self, chunks: Rows[PrefillChunk]) -> torch.Tensor:
-        """Compute prompt chunks together; float32 logits `[chunks, vocab]` after each one's end.
+    def start(self, sequence: Sequence) -> None:
+        """Put a sequence's prefix into its new slot."""
+        if sequence.prefix is not None:
+            self._cache.write_prefix(sequence.slot, sequence.prefix)
 
-        Rows are padded on the left, so that every row's last token is the batch's last column.
+    def move(self, move: SlotMove) -> None:
+        """Carry out what `Scheduler.remove` asked for."""
+        self._cache.move(move.source, move.target, move.length)
+
+    def read(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+        """A sequence's keys and values so far, `[layers, num_kv_heads, length, head_dim]` each."""
+        return self._cache.read(sequence.slot, sequence.length)
+
+    def clear(self, slot: int) -> None:
+        """Wipe a slot that may hold NaN."""
+        self._cache.clear(slot)
+
+    def forward(self, spans: Rows[Span]) -> torch.Tensor:
+        """Compute every span; float32 logits `[spans, vocab]` after each one's last token."""
+        single = [i for i, span in enumerate(spans) if len(span.token_ids) == 1]
+        longer = [i for i, span in enumerate(spans) if len(span.token_ids) > 1]
+        parts = []
+        if single:
+            parts.append(self._single([spans[i] for i in single]))
+        if longer:
+            parts.append(self._padded([spans[i] for i in longer]))
+        order = torch.tensor(single + longer, device=self._device).argsort()
+        return torch.cat(parts)[order] if longer and single else parts[0]
+
+    def _single(self, spans: Rows[Span]) -> torch.Tensor:
+        """Spans of one token, over the slots 0 .. n - 1 that cover them, read without a copy.
+
+        Slots in that range without a span go along: they write to scratch, and nobody reads their
+        logits.
         """
-        input_ids = self._left_padded([list(chunk.token_ids) for chunk in chunks], 0)
-        spans = [list(range(c.start, c.start + len(c.token_ids))) for c in chunks]
-        rows = torch.tensor([chunk.sequence.slot for chunk in chunks], device=self._device)
-        window = Window(
-            rows=rows,
-            write_at=self._left_padded(spans, self.cache.scratch),
-            length=max(span[-1] for span in spans) + 1,
-        )
-        return self._forward(input_ids, self._left_padded(spans, 0), window)
+        slots = [span.sequence.slot for span in spans]
+        count = max(slots) + 1
+        tokens, positions, write_at = [0] * count, [0] * count, [self._cache.scratch] * count
+        for slot, span in zip(slots, spans, strict=True):
+            tokens[slot] = span.token_ids[0]
+            positions[slot] = write_at[slot] = span.start
+        window = Window(slice(0, count), self._column(write_at), length=max(positions) + 1)
+        return self._forward(self._column(tokens), self._column(positions), window)[slots]
 
-    def decode(self, sequences: Rows[Sequence]) -> torch.Tensor:
-        """One token for the sequences of slots 0 .. n - 1; float32 logits `[n, vocab]`.
-
-        Rows whose prompt is not complete go along without effect; their logits mean nothing.
-        """
-        tokens, positions, write_at = [], [], []
-        for sequence in sequences:
-            active = sequence.is_decoding
-            tokens.append(sequence.output_ids[-1] if active else 0)
-            positions.append(sequence.length if active else 0)
-            write_at.append(sequence.length if active else self.cache.scratch)
+    def _padded(self, spans: Rows[Span]) -> torch.Tensor:
+        """Longer spans, padded on the left so that each one's last token is in the last column."""
+        positions = [list(range(span.start, span.end)) for span in spans]
         window = Window(
-            rows=slice(0, len(tokens)),
-            write_at=self._column(write_at),
-            length=max(positions) + 1,
+            rows=torch.tensor([span.sequence.slot for span in spans], device=self._device),
+            write_at=self._left_padded(positions, self._cache.scratch),
+            length=max(span.end for span in spans),
         )
-        return self._forward(self._column(tokens), self._column(positions), window)
+        input_ids = self._left_padded([list(span.token_ids) for span in spans], 0)
+        return self._forward(input_ids, self._left_padded(positions, 0), window)
 
     def _forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, window: Window
@@ -68,12 +90,12 @@ class ModelRunner:
         visible = self._positions[: window.length] <= positions[:, None, :, None]
         mask = torch.zeros(visible.shape, dtype=self._dtype, device=self._device)
         mask.masked_fill_(~visible, torch.finfo(self._dtype).min)
-        self.cache.select(window)
+        self._cache.select(window)
         output = self._model(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )

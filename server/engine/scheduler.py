@@ -1,4 +1,4 @@
-"""Which sequence has which slot, and whose prompt is prefilled next."""
+"""Which sequence has which slot, and what each computes in the next step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,25 @@ from server.engine.sequence import NO_SLOT, Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """The next `token_ids` of a sequence's prompt, for positions `start`, `start + 1`, ..."""
+class Span:
+    """What a sequence computes in one step: `token_ids` at positions `start`, `start + 1`, ...
+
+    A chunk of its prompt, or the one token it generated last.
+    """
 
     sequence: Sequence
     start: int
     token_ids: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """One past its last position."""
+        return self.start + len(self.token_ids)
+
+    @property
+    def completes_prompt(self) -> bool:
+        """True when the sequence's next token can be chosen after this span."""
+        return self.end >= self.sequence.prompt_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +74,26 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def plan_prefill(self) -> list[PrefillChunk]:
-        """Up to `prefill_tokens` prompt tokens, earliest arrivals first.
+    def plan(self) -> list[Span]:
+        """The next step: one token of every decoding sequence, then prompt chunks.
 
-        The bound keeps a long prompt from stalling the sequences that are decoding.
+        At most `prefill_tokens` of the latter, earliest arrivals first: the bound keeps a long
+        prompt from stalling the sequences that are decoding.
         """
+        spans = [
+            Span(sequence, sequence.length, (sequence.output_ids[-1],))
+            for sequence in self.running
+            if sequence.output_ids
+        ]
         budget = self.prefill_tokens
-        chunks = []
-        prefilling = (sequence for sequence in self.running if not sequence.is_decoding)
+        prefilling = (sequence for sequence in self.running if not sequence.output_ids)
         for sequence in sorted(prefilling, key=lambda s: s.arrived_at):
             if budget == 0:
                 break
             token_ids = sequence.uncomputed_prompt[:budget]
-            chunks.append(PrefillChunk(sequence, sequence.length, token_ids))
+            spans.append(Span(sequence, sequence.length, token_ids))
             budget -= len(token_ids)
-        return chunks
+        return spans
 
     def remove(self, sequence: Sequence) -> SlotMove | None:
         """Take a sequence out of the queue or its slot; returns the move that keeps slots dense."""

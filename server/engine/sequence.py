@@ -50,6 +50,6 @@ class Sequence:
         return self.request.prompt_ids[max(0, self.length - self.prefix_length) :]
 
     @property
-    def is_decoding(self) -> bool:
-        """True once the whole prompt is in the slot."""
-        return self.length >= self.prefix_length + len(self.request.prompt_ids)
+    def prompt_end(self) -> int:
+        """One past the position of the prompt's last token."""
+        return self.prefix_length + len(self.request.prompt_ids)

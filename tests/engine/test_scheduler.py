@@ -40,19 +40,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.waiting or len(self.scheduler.running) == MAX_SLOTS
 
     @rule()
-    def prefill(self) -> None:
-        unfinished = [s for s in self.scheduler.running if not s.is_decoding]
-        chunks = self.scheduler.plan_prefill()
-        computed = sum(len(chunk.token_ids) for chunk in chunks)
-        remaining = sum(len(s.uncomputed_prompt) for s in unfinished)
-        assert computed == min(PREFILL_TOKENS, remaining)
-        assert all(chunk.token_ids for chunk in chunks)
-        for chunk in chunks:
-            assert chunk.start == chunk.sequence.length
-            chunk.sequence.length += len(chunk.token_ids)
+    def step(self) -> None:
+        decoding = [s for s in self.scheduler.running if s.output_ids]
+        prefilling = [s for s in self.scheduler.running if not s.output_ids]
+        remaining = sum(len(s.uncomputed_prompt) for s in prefilling)
+        spans = self.scheduler.plan()
+        chunks = [span for span in spans if not span.sequence.output_ids]
+        assert [s.sequence for s in spans if s.sequence.output_ids] == decoding
+        assert sum(len(chunk.token_ids) for chunk in chunks) == min(PREFILL_TOKENS, remaining)
+        for span in spans:
+            assert span.token_ids
+            assert span.start == span.sequence.length
+            span.sequence.length = span.end
+            if span.completes_prompt:
+                span.sequence.output_ids.append(1)
         # None is passed over for one that came later.
-        waiting = [s.arrived_at for s in unfinished if not s.is_decoding]
-        assert all(c.sequence.arrived_at <= min(waiting, default=1e9) for c in chunks)
+        unfinished = [s.arrived_at for s in prefilling if s.uncomputed_prompt]
+        latest = max((c.sequence.arrived_at for c in chunks), default=-1.0)
+        assert latest <= min(unfinished, default=1e9)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
