@@ -1,0 +1,5 @@
+"""`python -m clients` is the `prefixserve` command."""
+
+from clients.cli import main
+
+main()

@@ -1,0 +1,142 @@
+"""What each method asks of the server. `Client` and `AsyncClient` differ only in how they wait."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypedDict, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from clients._answers import Generation, ServerInfo, Task
+from clients._errors import ConfigurationError
+from clients._responses import reader
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+CONNECT_TIMEOUT_SECONDS = 5.0
+
+T = TypeVar("T")
+
+
+class Parameters(TypedDict, total=False):
+    """How to generate; the server's defaults hold for what is not given."""
+
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    seed: int
+    stop: Sequence[str]
+    top_n_tokens: int
+    return_full_text: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request.
+
+    Attributes:
+        read: makes the answer of the answer's body.
+        body: arguments of httpx's `build_request`.
+    """
+
+    method: str
+    path: str
+    read: Callable[[bytes], T]
+    body: Mapping[str, Any] = field(default_factory=dict)
+
+
+_generation = reader(Generation)
+_generations = reader(list[Generation])
+_task = reader(Task)
+_tasks = reader(list[Task])
+_info = reader(ServerInfo)
+
+
+def http_options(base_url: str | None, api_key: str | None, timeout: float) -> dict[str, Any]:
+    """Arguments of httpx's clients.
+
+    Raises:
+        ConfigurationError: the address is not an http one.
+    """
+    url = base_url or os.environ.get("PREFIXSERVE_URL") or DEFAULT_URL
+    if not url.startswith(("http://", "https://")):
+        raise ConfigurationError(f"{url!r} is not an address: it must start with http://, https://")
+    key = api_key or os.environ.get("PREFIXSERVE_API_KEY")
+    return {
+        "base_url": url,
+        "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        # Waiting for one of this client's own connections is no fault of the server's.
+        "timeout": httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SECONDS, pool=None),
+    }
+
+
+def generate(
+    inputs: str | list[str], task_id: str | None, parameters: Parameters
+) -> Call[Generation | list[Generation]]:
+    """A text for one input, or one for each of several."""
+    read = _generation if isinstance(inputs, str) else _generations
+    return Call("POST", "/generate", read, _generate_body(inputs, task_id, parameters))
+
+
+def stream(inputs: str, task_id: str | None, parameters: Parameters) -> Call[bytes]:
+    """The tokens of a text as server-sent events."""
+    return Call("POST", "/generate_stream", bytes, _generate_body(inputs, task_id, parameters))
+
+
+def _generate_body(
+    inputs: str | list[str], task_id: str | None, parameters: Parameters
+) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "inputs": inputs,
+        "parameters": {"details": True, **parameters},
+    }
+    if task_id is not None:
+        body["task_id"] = task_id
+    return {"json": body}
+
+
+def upload(task_id: str, body: Mapping[str, Any]) -> Call[Task]:
+    """A task's new prefix, in a body of `upload_body`."""
+    return Call("PUT", _task_path(task_id), _task, body)
+
+
+def tasks() -> Call[list[Task]]:
+    """Every task."""
+    return Call("GET", "/admin/tasks", _tasks)
+
+
+def task(task_id: str) -> Call[Task]:
+    """One task."""
+    return Call("GET", _task_path(task_id), _task)
+
+
+def prefix(task_id: str) -> Call[bytes]:
+    """A task's prefix as it was stored."""
+    return Call("GET", f"{_task_path(task_id)}/prefix", bytes)
+
+
+def delete(task_id: str) -> Call[bytes]:
+    """Removal of a task."""
+    return Call("DELETE", _task_path(task_id), bytes)
+
+
+def info() -> Call[ServerInfo]:
+    """What the server runs."""
+    return Call("GET", "/info", _info)
+
+
+def metrics() -> Call[str]:
+    """The server's metrics in Prometheus' text format."""
+    return Call("GET", "/metrics", bytes.decode)
+
+
+def _task_path(task_id: str) -> str:
+    return f"/admin/tasks/{quote(task_id, safe='')}"

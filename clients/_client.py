@@ -1,0 +1,329 @@
+"""`Client` and `AsyncClient`: the same methods, one waits and the other is awaited."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack, overload
+
+import anyio.to_thread
+import httpx
+from httpx_sse import EventSource
+from tenacity import AsyncRetrying, Retrying
+
+from clients import _calls as calls
+from clients._answers import Generation, Health, ServerInfo, StreamToken, Task
+from clients._calls import Call, Parameters
+from clients._files import CountedStream, Progress, UploadSource, save_file, upload_body
+from clients._responses import (
+    check_finished,
+    parse_event,
+    read_health,
+    status_error,
+    translated_errors,
+)
+from clients._retry import retry_options
+
+T = TypeVar("T")
+
+
+class Client:
+    """Talks to a prefixserve server. Safe to share between threads; close it, or use `with`.
+
+    Args:
+        base_url: the server's address; default `PREFIXSERVE_URL` or `http://127.0.0.1:8000`.
+        api_key: sent as a bearer token; default `PREFIXSERVE_API_KEY` or none.
+        timeout: seconds without a byte from the server after which a call fails; a text that is
+            not streamed arrives all at once, so this bounds its whole generation.
+        max_retries: how often a call is repeated when the server is full (429), unavailable (503)
+            or the connection fails before the answer begins.
+
+    Every method raises the errors of `clients.PrefixServeError`'s tree and no others.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        max_retries: int = 3,
+    ) -> None:
+        self._http = httpx.Client(**calls.http_options(base_url, api_key, timeout))
+        self._retry_options = retry_options(max_retries)
+
+    @overload
+    def generate(
+        self, inputs: str, *, task_id: str | None = None, **parameters: Unpack[Parameters]
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self, inputs: list[str], *, task_id: str | None = None, **parameters: Unpack[Parameters]
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        inputs: str | list[str],
+        *,
+        task_id: str | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> Generation | list[Generation]:
+        """Continue one input, or each of several; without a `task_id` with the bare base model."""
+        return self._fetch(calls.generate(inputs, task_id, parameters))
+
+    def stream(
+        self, inputs: str, *, task_id: str | None = None, **parameters: Unpack[Parameters]
+    ) -> Generator[StreamToken]:
+        """Yield tokens as they are generated; the last has `generated_text` and `details`.
+
+        Closing the generator early stops the generation on the server.
+        """
+        last = None
+        with self._answer(calls.stream(inputs, task_id, parameters)) as response:
+            for event in EventSource(response).iter_sse():
+                last = parse_event(event)
+                yield last
+            check_finished(last)
+
+    def upload(
+        self,
+        task_id: str,
+        source: UploadSource | None = None,
+        *,
+        text: str | None = None,
+        progress: Progress | None = None,
+    ) -> Task:
+        """Give a task its prefix; a task that exists gets the new one from now on.
+
+        Args:
+            source: a safetensors file of this project, a folder with a PEFT adapter, the bytes of
+                the former, or anything with `to_bytes()`.
+            text: instead of `source`, a prompt the server turns into a prefix.
+            progress: called with the bytes sent and the bytes in all.
+        """
+        with upload_body(source, text) as body:
+            return self._fetch(calls.upload(task_id, body), progress)
+
+    def tasks(self) -> list[Task]:
+        """Every task."""
+        return self._fetch(calls.tasks())
+
+    def task(self, task_id: str) -> Task:
+        """One task."""
+        return self._fetch(calls.task(task_id))
+
+    def download(self, task_id: str, path: str | os.PathLike[str]) -> Path:
+        """Write a task's prefix, byte for byte as it was stored, to a file."""
+        return save_file(self._fetch(calls.prefix(task_id)), path)
+
+    def delete(self, task_id: str) -> None:
+        """Remove a task; requests already running finish."""
+        self._fetch(calls.delete(task_id))
+
+    def health(self) -> Health:
+        """Whether the server takes requests now; not retried."""
+        with translated_errors(self._http.base_url):
+            return read_health(self._http.get("/health/ready"))
+
+    def info(self) -> ServerInfo:
+        """What the server runs."""
+        return self._fetch(calls.info())
+
+    def metrics(self) -> str:
+        """The server's metrics in Prometheus' text format."""
+        return self._fetch(calls.metrics())
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _fetch(self, call: Call[T], progress: Progress | None = None) -> T:
+        with self._answer(call, progress) as response:
+            return call.read(response.read())
+
+    @contextmanager
+    def _answer(
+        self, call: Call[Any], progress: Progress | None = None
+    ) -> Iterator[httpx.Response]:
+        """The answer to a call once it is known not to be an error; its body is not read yet."""
+        request = self._http.build_request(call.method, call.path, **call.body)
+        if progress is not None:
+            request.stream = CountedStream(request, progress)
+        with translated_errors(self._http.base_url):
+            response = Retrying(**self._retry_options)(self._send, request)
+            with closing(response):
+                yield response
+
+    def _send(self, request: httpx.Request) -> httpx.Response:
+        response = self._http.send(request, stream=True)
+        if response.is_success:
+            return response
+        with closing(response):
+            response.read()
+            raise status_error(response)
+
+
+class AsyncClient:
+    """Talks to a prefixserve server. Close it, or use `async with`.
+
+    Args:
+        base_url: the server's address; default `PREFIXSERVE_URL` or `http://127.0.0.1:8000`.
+        api_key: sent as a bearer token; default `PREFIXSERVE_API_KEY` or none.
+        timeout: seconds without a byte from the server after which a call fails; a text that is
+            not streamed arrives all at once, so this bounds its whole generation.
+        max_retries: how often a call is repeated when the server is full (429), unavailable (503)
+            or the connection fails before the answer begins.
+
+    Every method raises the errors of `clients.PrefixServeError`'s tree and no others.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        max_retries: int = 3,
+    ) -> None:
+        self._http = httpx.AsyncClient(**calls.http_options(base_url, api_key, timeout))
+        self._retry_options = retry_options(max_retries)
+
+    @overload
+    async def generate(
+        self, inputs: str, *, task_id: str | None = None, **parameters: Unpack[Parameters]
+    ) -> Generation: ...
+
+    @overload
+    async def generate(
+        self, inputs: list[str], *, task_id: str | None = None, **parameters: Unpack[Parameters]
+    ) -> list[Generation]: ...
+
+    async def generate(
+        self,
+        inputs: str | list[str],
+        *,
+        task_id: str | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> Generation | list[Generation]:
+        """Continue one input, or each of several; without a `task_id` with the bare base model."""
+        return await self._fetch(calls.generate(inputs, task_id, parameters))
+
+    async def stream(
+        self, inputs: str, *, task_id: str | None = None, **parameters: Unpack[Parameters]
+    ) -> AsyncGenerator[StreamToken]:
+        """Yield tokens as they are generated; the last has `generated_text` and `details`.
+
+        Closing the generator early stops the generation on the server.
+        """
+        last = None
+        async with self._answer(calls.stream(inputs, task_id, parameters)) as response:
+            async for event in EventSource(response).aiter_sse():
+                last = parse_event(event)
+                yield last
+            check_finished(last)
+
+    async def upload(
+        self,
+        task_id: str,
+        source: UploadSource | None = None,
+        *,
+        text: str | None = None,
+        progress: Progress | None = None,
+    ) -> Task:
+        """Give a task its prefix; a task that exists gets the new one from now on.
+
+        Args:
+            source: a safetensors file of this project, a folder with a PEFT adapter, the bytes of
+                the former, or anything with `to_bytes()`.
+            text: instead of `source`, a prompt the server turns into a prefix.
+            progress: called with the bytes sent and the bytes in all.
+        """
+        with upload_body(source, text) as body:
+            return await self._fetch(calls.upload(task_id, body), progress)
+
+    async def tasks(self) -> list[Task]:
+        """Every task."""
+        return await self._fetch(calls.tasks())
+
+    async def task(self, task_id: str) -> Task:
+        """One task."""
+        return await self._fetch(calls.task(task_id))
+
+    async def download(self, task_id: str, path: str | os.PathLike[str]) -> Path:
+        """Write a task's prefix, byte for byte as it was stored, to a file."""
+        data = await self._fetch(calls.prefix(task_id))
+        return await anyio.to_thread.run_sync(save_file, data, path)
+
+    async def delete(self, task_id: str) -> None:
+        """Remove a task; requests already running finish."""
+        await self._fetch(calls.delete(task_id))
+
+    async def health(self) -> Health:
+        """Whether the server takes requests now; not retried."""
+        with translated_errors(self._http.base_url):
+            return read_health(await self._http.get("/health/ready"))
+
+    async def info(self) -> ServerInfo:
+        """What the server runs."""
+        return await self._fetch(calls.info())
+
+    async def metrics(self) -> str:
+        """The server's metrics in Prometheus' text format."""
+        return await self._fetch(calls.metrics())
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def _fetch(self, call: Call[T], progress: Progress | None = None) -> T:
+        async with self._answer(call, progress) as response:
+            return call.read(await response.aread())
+
+    @asynccontextmanager
+    async def _answer(
+        self, call: Call[Any], progress: Progress | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """The answer to a call once it is known not to be an error; its body is not read yet."""
+        request = self._http.build_request(call.method, call.path, **call.body)
+        if progress is not None:
+            request.stream = CountedStream(request, progress)
+        with translated_errors(self._http.base_url):
+            response: httpx.Response = await AsyncRetrying(**self._retry_options)(
+                self._send, request
+            )
+            async with aclosing(response):
+                yield response
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        response = await self._http.send(request, stream=True)
+        if response.is_success:
+            return response
+        async with aclosing(response):
+            await response.aread()
+            raise status_error(response)

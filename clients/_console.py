@@ -1,0 +1,94 @@
+"""What the commands print: plain or coloured for people, JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from pydantic_core import to_json
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from clients._answers import StreamToken, Task
+from clients._files import Progress as OnSent
+
+_PIPED_WIDTH = 1000
+_SHORT_VERSION = len("sha256:") + 12
+
+
+def print_error(message: str) -> None:
+    """One red sentence on stderr."""
+    Console(stderr=True, soft_wrap=True).print(Text(f"Error: {message}", style="red"))
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON."""
+    typer.echo(to_json(value).decode())
+
+
+def print_tasks(tasks: Sequence[Task]) -> None:
+    """A line for each task, under a heading."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("TASK", overflow="fold")
+    table.add_column("METHOD")
+    table.add_column("LENGTH", justify="right")
+    table.add_column("SIZE", justify="right")
+    table.add_column("VERSION", no_wrap=True)
+    for task in tasks:
+        table.add_row(
+            Text(task.task_id),
+            Text(task.method),
+            str(task.prefix_length),
+            decimal(task.bytes),
+            task.version[:_SHORT_VERSION],
+        )
+    _print_table(table)
+
+
+def print_fields(fields: Mapping[str, str]) -> None:
+    """A line for each name and value."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        table.add_row(name, Text(value))
+    _print_table(table)
+
+
+def print_stream(tokens: Iterable[StreamToken], as_json: bool) -> None:
+    """Tokens as they come: their text, or one line of JSON each."""
+    for token in tokens:
+        if as_json:
+            print_json(token)
+        elif not token.token.special:
+            typer.echo(token.token.text, nl=False)
+    if not as_json:
+        typer.echo()
+
+
+@contextmanager
+def upload_progress(label: str) -> Iterator[OnSent]:
+    """A bar of the bytes sent on stderr, gone when it is done; no bar without a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(
+        *columns,
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bars:
+        bar = bars.add_task(f"Uploading {label}", total=None)
+        yield lambda sent, total: bars.update(bar, completed=sent, total=total)
+
+
+def _print_table(table: Table) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPED_WIDTH  # a program that reads it wants it whole
+    console.print(table)

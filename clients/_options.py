@@ -1,0 +1,26 @@
+"""Options that commands share, and those of `prefixserve generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Option
+
+Url = Annotated[str, Option("--url", envvar="PREFIXSERVE_URL", help="Address of the server.")]
+Json = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
+
+Base = Annotated[bool, Option("--base", help="Use the bare base model: give TEXT alone.")]
+Stream = Annotated[bool, Option("--stream", help="Print tokens as they come.")]
+MaxNewTokens = Annotated[int | None, Option(help="Most tokens to generate.")]
+DoSample = Annotated[
+    bool | None, Option("--sample/--greedy", help="Draw tokens, or take the likeliest ones.")
+]
+Temperature = Annotated[float | None, Option(help="Over 1 is more random, under 1 less.")]
+TopK = Annotated[int | None, Option(help="Draw from this many likeliest tokens.")]
+TopP = Annotated[float | None, Option(help="Draw from the likeliest tokens of this mass.")]
+MinP = Annotated[float | None, Option(help="Drop tokens this much less likely than the first.")]
+TypicalP = Annotated[float | None, Option(help="Draw from the most typical tokens of this mass.")]
+RepetitionPenalty = Annotated[float | None, Option(help="Over 1 avoids tokens seen before.")]
+FrequencyPenalty = Annotated[float | None, Option(help="Over 0 avoids tokens generated often.")]
+Seed = Annotated[int | None, Option(help="Makes drawn tokens repeatable.")]
+Stop = Annotated[list[str] | None, Option(help="End at this text; may be given several times.")]
