@@ -25,10 +25,6 @@ TEXT = {"generated_text": "hello", "prompt_tokens": 1, "prefix_tokens": 0}
 TOKEN = {"token": {"id": 1, "text": "a", "logprob": -0.5, "special": False}}
 DETAILS = {"finish_reason": "length", "generated_tokens": 1}
 LAST = {**TOKEN, "generated_text": "a", "details": DETAILS}
-    **TOKEN,
-    "generated_text": "a",
-    "details": {"finish_reason": "length", "generated_tokens": 1},
-}
 OK = answer(200, TEXT)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -46,10 +46,11 @@ def test_of_an_adapter_folder_only_the_two_files_are_sent(tmp_path: Path) -> Non
 
 def test_files_are_closed_also_on_failure(tmp_path: Path) -> None:
     names = ["adapter_config.json", "adapter_model.safetensors"]
-    files: list[Any] = []
-    with pytest.raises(RuntimeError), upload_body(adapter(tmp_path, *names), None) as body:
-        files = [file for _, (_, file) in body["files"]]
-        raise RuntimeError
+    failing = ExitStack()
+    body = failing.enter_context(upload_body(adapter(tmp_path, *names), None))
+    files = [file for _, (_, file) in body["files"]]
+    error = RuntimeError()
+    assert not failing.__exit__(RuntimeError, error, None)
     assert [file.closed for file in files] == [True, True]
 
 
