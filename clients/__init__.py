@@ -1,6 +1,15 @@
 """A Python client for a prefixserve server, sync and async, and the command line."""
 
-from clients._answers import Details, Generation, Health, ServerInfo, StreamToken, Task, Token
+from clients._answers import (
+    Details,
+    Generation,
+    Health,
+    ServerInfo,
+    StreamDetails,
+    StreamToken,
+    Task,
+    Token,
+)
 from clients._calls import Parameters
 from clients._client import AsyncClient, Client
 from clients._errors import (
@@ -42,6 +51,7 @@ __all__ = [
     "QueueFullError",
     "ServerError",
     "ServerInfo",
+    "StreamDetails",
     "StreamToken",
     "Task",
     "Token",

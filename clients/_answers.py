@@ -1,6 +1,9 @@
-"""What the server answers, as immutable values. Fields a newer server adds are ignored."""
+"""What the server answers, as immutable values. Fields that a newer server adds are ignored."""
 
 from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -10,66 +13,94 @@ class _Answer(BaseModel):
 
 
 class Token(_Answer):
-    """A token and its log-probability under the base model with its prefix."""
+    """A generated token.
+
+    Attributes:
+        text: what it adds to the text; empty while a character is incomplete.
+        logprob: natural logarithm of its probability, before penalties and sampling.
+        special: true for tokens such as the end of text, which are not in `generated_text`.
+    """
 
     id: int
     text: str
-    logprob: float | None
+    logprob: float
     special: bool
 
 
-class Details(_Answer):
+class StreamDetails(_Answer):
     """How a generation went.
 
     Attributes:
-        finish_reason: `length`, `eos_token` or `stop_sequence`.
+        finish_reason: `length` when max_new_tokens were generated, `eos_token` when the model
+            ended the text, `stop_sequence` when a stop string appeared.
         generated_tokens: number of tokens generated.
         seed: what sampling was seeded with; None for greedy decoding.
-        tokens: every generated token; empty at the end of a stream, which gave them one by one.
-        top_tokens: for each generated token the `top_n_tokens` likeliest ones.
+        task_id: None for the bare base model.
+        version: the prefix that was used, `sha256:` and the digest of its bytes; None without one.
+        prefix_tokens: positions that prefix takes.
+        prompt_tokens: tokens of the input in the task's template.
     """
 
-    finish_reason: str
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
     generated_tokens: int
-    seed: int | None = None
-    tokens: tuple[Token, ...] = ()
+    seed: int | None
+    task_id: str | None
+    version: str | None
+    prefix_tokens: int
+    prompt_tokens: int
+
+
+class Details(StreamDetails):
+    """How a generation went, token by token.
+
+    Attributes:
+        tokens: every generated token.
+        top_tokens: with `top_n_tokens`, for each position the likeliest tokens, likeliest first.
+    """
+
+    tokens: tuple[Token, ...]
     top_tokens: tuple[tuple[Token, ...], ...] = ()
 
 
 class Generation(_Answer):
-    """A finished text.
-
-    Attributes:
-        version: the prefix that was used, `sha256:` and the digest of its bytes; None without one.
-        prefix_tokens: length of that prefix, 0 without one.
-        prompt_tokens: tokens of the input.
-    """
+    """A finished text; `version`, `prefix_tokens` and `prompt_tokens` as in its details."""
 
     generated_text: str
-    details: Details | None = None
-    task_id: str | None = None
-    version: str | None = None
-    prefix_tokens: int = 0
-    prompt_tokens: int = 0
+    task_id: str | None
+    version: str | None
+    prefix_tokens: int
+    prompt_tokens: int
+    details: Details
 
 
 class StreamToken(_Answer):
-    """One token of a stream; the last one also has `generated_text` and `details`."""
+    """One token of a stream.
 
+    Attributes:
+        index: the token's number, from 1.
+        top_tokens: with `top_n_tokens`, the likeliest tokens here, likeliest first.
+        generated_text, details: on the last token only.
+    """
+
+    index: int
     token: Token
     top_tokens: tuple[Token, ...] = ()
     generated_text: str | None = None
-    details: Details | None = None
+    details: StreamDetails | None = None
 
 
 class Task(_Answer):
-    """A task the server knows.
+    """A task and the prefix it points at.
 
     Attributes:
-        version: `sha256:` and the hex digest of the prefix's bytes.
+        version: `sha256:` and the hex digest of the stored artefact's bytes.
         prefix_length: positions the prefix takes.
         bytes: size of the artefact.
         method: how the prefix was made, e.g. `prefix-tuning`, `cartridge`, `text`.
+        base_model: the base model it was made for, as its maker names it; may be empty.
+        template: text around each input, `{source}` where the input goes; empty for the input
+            as it is.
+        created_at: when it was uploaded, in UTC.
     """
 
     task_id: str
@@ -77,6 +108,9 @@ class Task(_Answer):
     prefix_length: int
     bytes: int
     method: str
+    base_model: str
+    template: str
+    created_at: datetime
 
 
 class Health(_Answer):
@@ -87,6 +121,23 @@ class Health(_Answer):
 
 
 class ServerInfo(_Answer):
-    """What the server runs."""
+    """What the server runs.
+
+    Attributes:
+        model_id: the base model.
+        model_sha: fingerprint of its weights; a prefix made for this model carries it.
+        model_dtype, model_device_type: what it computes in and on.
+        num_layers, num_kv_heads, head_dim: sizes of a prefix.
+        max_total_tokens: limit of prefix + prompt + max_new_tokens.
+        version: of the server.
+    """
 
     model_id: str
+    model_sha: str
+    model_dtype: str
+    model_device_type: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_total_tokens: int
+    version: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote
@@ -33,7 +33,8 @@ class Parameters(TypedDict, total=False):
     repetition_penalty: float
     frequency_penalty: float
     seed: int
-    stop: Sequence[str]
+    stop: list[str]
+    truncate: int
     top_n_tokens: int
     return_full_text: bool
 

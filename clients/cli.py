@@ -172,9 +172,9 @@ def generate(  # noqa: PLR0917 - the command line gives them by name
 @app.command()
 def status(url: options.Url = DEFAULT_URL, as_json: options.Json = False) -> None:
     """Show whether the server is ready and what it does; exit code 1 when it is not ready."""
-    with Client(url) as client:
+    with Client(url, max_retries=0) as client:
         found = read_status(client, url)
-    print_json(found) if as_json else print_fields(found.fields())
+    print_json(found) if as_json else print_fields(found.lines())
     if not found.ready:
         raise typer.Exit(1)
 

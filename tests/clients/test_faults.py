@@ -21,10 +21,21 @@ from tests.clients import faulty_server as faulty
 from tests.clients.blocking import blocking_client
 from tests.clients.faulty_server import FaultyServer, answer, refuse
 
-TEXT = {"generated_text": "hello", "prompt_tokens": 1, "prefix_tokens": 0}
-TOKEN = {"token": {"id": 1, "text": "a", "logprob": -0.5, "special": False}}
-DETAILS = {"finish_reason": "length", "generated_tokens": 1}
+USED = {"task_id": None, "version": None, "prefix_tokens": 0, "prompt_tokens": 1}
+DETAILS = {**USED, "finish_reason": "length", "generated_tokens": 1, "seed": None}
+TEXT = {**USED, "generated_text": "hello", "details": {**DETAILS, "tokens": []}}
+TOKEN = {"index": 1, "token": {"id": 1, "text": "a", "logprob": -0.5, "special": False}}
 LAST = {**TOKEN, "generated_text": "a", "details": DETAILS}
+TASK = {
+    "task_id": "t",
+    "version": "sha256:0",
+    "prefix_length": 1,
+    "bytes": 256_000,
+    "method": "text",
+    "base_model": "",
+    "template": "",
+    "created_at": 0.5,
+}
 OK = answer(200, TEXT)
 
 
@@ -175,7 +186,7 @@ BROKEN_STREAMS = [
     (faulty.events(TOKEN, after=b"data: {\n\n"), clients.APIResponseError, "prefixserve"),
     (faulty.events(TOKEN, {"error": "it broke", "error_type": "generation"}),
      clients.GenerationError, "it broke"),
-    (faulty.events(TOKEN, {"token": 5}), clients.APIResponseError, "token"),
+    (faulty.events(TOKEN, {**TOKEN, "token": 5}), clients.APIResponseError, "token"),
 ]  # fmt: skip
 
 
@@ -202,8 +213,7 @@ def test_an_upload_is_sent_again_whole(
 ) -> None:
     path = tmp_path / "prefix.safetensors"
     path.write_bytes(bytes(range(256)) * 1000)
-    task = {"task_id": "t", "version": "sha256:0", "prefix_length": 1, "bytes": 256_000}
-    server.script(refuse(503), answer(201, {**task, "method": "text"}))
+    server.script(refuse(503), answer(201, TASK))
     sent: list[tuple[int, int]] = []
     assert client.upload("t", path, progress=lambda *now: sent.append(now)).task_id == "t"
     (_, _, headers, first), (_, _, _, second) = server.requests
