@@ -184,7 +184,7 @@ def _check_training(value: object) -> None:
 
 
 def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    # safetensors refuses tensors that share memory, as two halves of one tensor do.
+    # safetensors refuses to write one tensor under two names.
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 

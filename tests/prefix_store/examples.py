@@ -46,5 +46,7 @@ def artefact(
         "template": "",
         "training": {},
     }
-    written = {METADATA_KEY: json.dumps(own | fields)} if metadata is None else metadata
+    written = (
+        {METADATA_KEY: json.dumps(own | fields, sort_keys=True)} if metadata is None else metadata
+    )
     return save(ones if tensors is None else tensors, written)

@@ -55,14 +55,20 @@ def test_reads_back_what_it_wrote(prefix: Prefix, dtype: torch.dtype) -> None:
     assert read.to_bytes() == wrote.to_bytes()
 
 
-def test_equal_prefixes_have_equal_bytes_however_they_lie_in_memory() -> None:
+@pytest.mark.parametrize("last", [0, 4], ids=["halves of one tensor", "strided"])
+def test_equal_prefixes_have_equal_bytes_however_they_lie_in_memory(last: int) -> None:
     plain = a_prefix(training={"a": "1", "b": "2"})
-    both = torch.stack([plain.keys, plain.values]).permute(4, 0, 1, 2, 3).contiguous()
-    keys, values = both.permute(1, 2, 3, 4, 0)
-    strided = a_prefix(keys=keys, values=values, training={"b": "2", "a": "1"})
+    keys, values = torch.stack([plain.keys, plain.values], dim=last).unbind(last)
+    same = a_prefix(keys=keys, values=values, training={"b": "2", "a": "1"})
 
-    assert strided.to_bytes() == plain.to_bytes()
+    assert same.to_bytes() == plain.to_bytes()
     assert a_prefix(seed=1).to_bytes() != plain.to_bytes()
+
+
+def test_keys_and_values_may_be_one_tensor() -> None:
+    ones = torch.ones(SHAPE)
+
+    assert a_prefix(keys=ones, values=ones).to_bytes() == artefact()
 
 
 def test_the_longest_texts_fit_the_header() -> None:
