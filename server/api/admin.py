@@ -1,0 +1,160 @@
+"""Upload, list, download and delete tasks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, HTTPException, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from prefix_store.errors import PrefixTooLargeError
+from prefix_store.store import TaskRecord
+from prefix_store.task_id import MAX_TASK_ID_CHARS
+from server.api.dependencies import ServicesDep
+from server.api.schemas import ErrorResponse, TaskResponse, TextUpload
+from server.errors import InvalidRequestError
+
+_MOST_FILES = 2  # a PEFT adapter's
+_FIELD = "file"
+_JSON = "application/json"
+_MULTIPART = "multipart/form-data"
+
+router = APIRouter(prefix="/admin/tasks", tags=["Tasks"])
+
+TaskId = Annotated[
+    str,
+    Path(
+        description=f"The task's name: 1 to {MAX_TASK_ID_CHARS} letters, digits, '.', '_' or '-', "
+        "beginning with a letter or digit.",
+        examples=["e2e"],
+    ),
+]
+_ERROR: dict[str, Any] = {"model": ErrorResponse}
+_UPLOAD_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        _MULTIPART: {
+            "schema": {
+                "type": "object",
+                "required": [_FIELD],
+                "properties": {
+                    _FIELD: {
+                        "type": "array",
+                        "minItems": 1,
+                        "maxItems": _MOST_FILES,
+                        "items": {"type": "string", "format": "binary"},
+                        "description": "One prefix artefact (safetensors), or the two files of a "
+                        "PEFT adapter of type PREFIX_TUNING or CARTRIDGE: adapter_config.json and "
+                        "adapter_model.safetensors, in any order.",
+                    }
+                },
+            }
+        },
+        _JSON: {"schema": TextUpload.model_json_schema()},
+    },
+}
+
+
+@router.put(
+    "/{task_id}",
+    status_code=201,
+    openapi_extra={"requestBody": _UPLOAD_BODY},
+    responses=dict.fromkeys((413, 415, 422, 429, 503), _ERROR),
+)
+async def upload(task_id: TaskId, request: Request, services: ServicesDep) -> TaskResponse:
+    """Give a task its prefix: a new one, or another from now on.
+
+    Requests that run finish with the prefix they started with. On an error nothing is stored.
+    """
+    match request.headers.get("content-type", "").partition(";")[0].strip().lower():
+        case "multipart/form-data":
+            async with request.form(max_files=_MOST_FILES, max_fields=_MOST_FILES) as form:
+                files = await _files(form, services.settings.max_upload_bytes)
+            return _answer(await services.tasks.upload(task_id, files))
+        case "application/json":
+            text = _text(await request.body())
+            return _answer(await services.tasks.upload_text(task_id, text))
+        case other:
+            raise HTTPException(
+                415, f"Content-Type is {other[:80]!r}; expected {_MULTIPART} or {_JSON}"
+            )
+
+
+@router.get("", responses={503: _ERROR})
+async def list_tasks(services: ServicesDep) -> list[TaskResponse]:
+    """Every task, by name."""
+    return [_answer(record) for record in await services.tasks.list()]
+
+
+@router.get("/{task_id}", responses=dict.fromkeys((404, 422, 503), _ERROR))
+async def get_task(task_id: TaskId, services: ServicesDep) -> TaskResponse:
+    """One task."""
+    return _answer(await services.tasks.get(task_id))
+
+
+@router.get(
+    "/{task_id}/prefix",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "The artefact, byte for byte as it is stored.",
+            "content": {
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}
+            },
+        },
+        **dict.fromkeys((404, 422, 503), _ERROR),
+    },
+)
+async def download(task_id: TaskId, services: ServicesDep) -> Response:
+    """The task's prefix as one safetensors file."""
+    record, data = await services.tasks.read(task_id)
+    name = f'attachment; filename="{record.task_id}.safetensors"'
+    headers = {"Content-Disposition": name, "ETag": f'"{record.version}"'}
+    return Response(data, media_type="application/octet-stream", headers=headers)
+
+
+@router.delete("/{task_id}", status_code=204, responses=dict.fromkeys((404, 422, 503), _ERROR))
+async def delete(task_id: TaskId, services: ServicesDep) -> None:
+    """Forget a task and its prefix. Requests that run with it finish."""
+    await services.tasks.delete(task_id)
+
+
+async def _files(form: FormData, max_bytes: int) -> list[tuple[str, bytes]]:
+    """Names and contents of the uploaded files."""
+    files = [part for name, part in form.multi_items() if name == _FIELD]
+    uploads = [part for part in files if isinstance(part, UploadFile)]
+    if not uploads or len(uploads) != len(form.multi_items()):
+        names = sorted({name[:40] for name in form}) or "none"
+        raise InvalidRequestError(
+            f"the form has the fields {names}; expected files in the field {_FIELD!r}, once or "
+            "twice, and nothing else"
+        )
+    size = sum(part.size or 0 for part in uploads)
+    if size > max_bytes:
+        raise PrefixTooLargeError(
+            f"the upload has {size} bytes, over this server's limit of {max_bytes}; its operator "
+            "can raise --max-upload-bytes"
+        )
+    return [(part.filename or "", await part.read()) for part in uploads]
+
+
+def _text(body: bytes) -> str:
+    try:
+        return TextUpload.model_validate_json(body).text
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(), body={}) from error
+
+
+def _answer(record: TaskRecord) -> TaskResponse:
+    return TaskResponse(
+        task_id=record.task_id,
+        version=record.version,
+        prefix_length=record.prefix_length,
+        bytes=record.nbytes,
+        method=record.method,
+        base_model=record.base_model,
+        template=record.template,
+        created_at=record.created_at,
+    )

@@ -1,0 +1,149 @@
+"""Runs generation jobs for the routes: whole answers, streams, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from server.api.conversion import event_of, job_of, response_of
+from server.api.errors import CLIENT_GONE, answer_to
+from server.api.schemas import GenerateRequest, GenerateResponse
+from server.generation import Chunk, Generation
+from server.metrics import Metrics
+from server.services import Services
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def answer(services: Services, request: GenerateRequest) -> list[GenerateResponse]:
+    """Generate for every input; all or nothing."""
+    job = job_of(request, stream=False)
+    wants_details = bool(request.parameters and request.parameters.details)
+    with _counted(services.metrics, job.task_id):
+        async with services.generator.run(job) as generations:
+            chunks = await _all([_collect(generation) for generation in generations])
+    return [
+        response_of(own, generation.usage, _prompt(request, text), wants_details)
+        for own, generation, text in zip(chunks, generations, job.inputs, strict=True)
+    ]
+
+
+async def stream(services: Services, request: GenerateRequest) -> EventStream:
+    """Start generating; an error up to here is the answer, a later one is the last event."""
+    events = _events(services, request)
+    await anext(events)
+    return EventStream(events)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, and cancel it when the client goes away.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        await _end([working, gone])
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. Whatever ends the response, the generation has ended with it."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+        self._events = events
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(_until_error(events), headers=headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until they end or the client goes."""
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+async def _events(services: Services, request: GenerateRequest) -> AsyncGenerator[bytes]:
+    """An empty item once the job runs, then each token's event."""
+    job = job_of(request, stream=True)
+    with _counted(services.metrics, job.task_id):
+        async with services.generator.run(job) as [generation]:
+            yield b""
+            prompt = _prompt(request, job.inputs[0])
+            async for chunk in generation:
+                event = event_of(chunk, generation.usage, prompt)
+                yield _event(event.model_dump_json(exclude_unset=True))
+
+
+async def _until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """The events, and the error that ends them early as the last one."""
+    try:
+        async for event in events:
+            yield event
+    except Exception as error:
+        logger.warning("a stream ended with an error", exc_info=error)
+        yield _event(answer_to(error).body())
+
+
+def _event(data: str) -> bytes:
+    return f"data:{data}\n\n".encode()
+
+
+def _prompt(request: GenerateRequest, text: str) -> str:
+    """What goes in front of the generated text."""
+    return text if request.parameters and request.parameters.return_full_text else ""
+
+
+async def _collect(generation: Generation) -> list[Chunk]:
+    return [chunk async for chunk in generation]
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Every result; on an error the rest is stopped before it is raised."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _end(tasks)
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@contextmanager
+def _counted(metrics: Metrics, task_id: str | None) -> Iterator[None]:
+    """Count one request by how it ends."""
+    status = 200
+    try:
+        yield
+    except (asyncio.CancelledError, GeneratorExit):
+        status = CLIENT_GONE
+        raise
+    except Exception as error:
+        status = answer_to(error).status
+        raise
+    finally:
+        metrics.requests.labels(metrics.tasks.unchecked(task_id), str(status)).inc()

@@ -1,0 +1,138 @@
+"""From an exception to a status and one shape of body, for every route."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from prefix_store.errors import (
+    CorruptArtefactError,
+    InvalidPrefixError,
+    InvalidTaskIdError,
+    PrefixTooLargeError,
+    StoreUnavailableError,
+    UnknownTaskError,
+    UnknownVersionError,
+)
+from server.api.schemas import ErrorResponse
+from server.engine.protocol import EngineFailedError, QueueFullError, RequestTooLongError
+from server.errors import DrainingError, InvalidRequestError
+
+_SHOWN_CHARS = 80
+_MOST_FIELDS = 5
+_RETRY = {"Retry-After": "1"}
+CLIENT_GONE = 499  # nginx's word for it; nobody receives it, it is only counted
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """How an error is answered."""
+
+    status: int
+    error_type: str
+    message: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> str:
+        """The JSON that every error has."""
+        # What a client sent may hold half a surrogate pair, which JSON in UTF-8 cannot.
+        message = self.message.encode(errors="backslashreplace").decode()
+        return ErrorResponse(error=message, error_type=self.error_type).model_dump_json()
+
+
+# The first line that fits counts. Every text of these errors is written for the end user.
+_KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
+    (UnknownTaskError, 404, "not_found", {}),
+    (InvalidTaskIdError, 422, "validation", {}),
+    (InvalidRequestError, 422, "validation", {}),
+    (RequestTooLongError, 422, "validation", {}),
+    (InvalidPrefixError, 422, "invalid_prefix", {}),
+    (PrefixTooLargeError, 413, "too_large", {}),
+    (QueueFullError, 429, "overloaded", _RETRY),
+    (StoreUnavailableError, 503, "unavailable", _RETRY),
+    (DrainingError, 503, "draining", _RETRY),
+    (EngineFailedError, 500, "generation", {}),
+    (ClientDisconnect, CLIENT_GONE, "client_gone", {}),
+    (CorruptArtefactError, 500, "storage", {}),
+    (UnknownVersionError, 500, "storage", {}),
+)
+
+
+def answer_to(error: BaseException) -> ErrorAnswer:
+    """How to answer any error; what is not in the table tells nothing of its inside."""
+    for kind, status, error_type, headers in _KINDS:
+        if isinstance(error, kind):
+            return ErrorAnswer(status, error_type, str(error), headers)
+    if isinstance(error, RequestValidationError):
+        return _validation_answer(error)
+    if isinstance(error, StarletteHTTPException):
+        return _http_answer(error)
+    return ErrorAnswer(
+        500, "internal", "the server failed on this request; its log says why. Try again later."
+    )
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every error of every route, and of unknown routes, in the one shape."""
+    known = (kind for kind, *_ in _KINDS)
+    for kind in (*known, RequestValidationError, StarletteHTTPException, Exception):
+        app.add_exception_handler(kind, _handle)
+
+
+def response_to(error: Exception) -> Response:
+    """The answer to any error."""
+    answer = answer_to(error)
+    return Response(
+        answer.body(), answer.status, dict(answer.headers), media_type="application/json"
+    )
+
+
+async def _handle(request: Request, error: Exception) -> Response:
+    if isinstance(error, StarletteHTTPException) and error.status_code == HTTPStatus.NOT_FOUND:
+        error = HTTPException(404, f"no such page: {request.method} {request.url.path}; see /docs")
+    return response_to(error)
+
+
+def _http_answer(error: StarletteHTTPException) -> ErrorAnswer:
+    status = HTTPStatus(error.status_code)
+    kinds = {HTTPStatus.NOT_FOUND: "not_found", HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "too_large"}
+    message = str(error.detail)
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        message = f"this method is not allowed here; allowed: {(error.headers or {}).get('Allow')}"
+    return ErrorAnswer(status, kinds.get(status, "validation"), message, error.headers or {})
+
+
+def _validation_answer(error: RequestValidationError) -> ErrorAnswer:
+    if isinstance(error.body, bytes):
+        return ErrorAnswer(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "validation",
+            "the body is not declared to be JSON; send the header Content-Type: application/json",
+        )
+    found: Sequence[Mapping[str, Any]] = error.errors()
+    message = "; ".join(map(_field_message, found[:_MOST_FIELDS]))
+    return ErrorAnswer(422, "validation", message)
+
+
+def _field_message(error: Mapping[str, Any]) -> str:
+    location = [str(part) for part in error["loc"] if part != "body"]
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON: {error['ctx']['error']} at character {location[-1]}"
+    name = ".".join(location) or "the body"
+    match error["type"]:
+        case "missing":
+            return f"{name} is missing" if location else "the body is empty; expected JSON"
+        case "extra_forbidden":
+            return f"{name} is not a field of this request; see /docs for those there are"
+    shown = repr(error["input"])
+    if len(shown) > _SHOWN_CHARS:
+        shown = f"{shown[:_SHOWN_CHARS]}… ({len(shown)} characters)"
+    return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}; found {shown}"

@@ -1,0 +1,36 @@
+"""Is it alive, is it ready, and how is it doing."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from server.api.dependencies import ServicesDep
+from server.api.schemas import ErrorResponse, HealthResponse
+from server.errors import DrainingError
+
+router = APIRouter(tags=["Health"])
+
+
+@router.get("/health/live")
+async def live() -> HealthResponse:
+    """The process answers. Restart it when this fails."""
+    return HealthResponse(status="live")
+
+
+@router.get("/health/ready", responses={503: {"model": ErrorResponse}})
+async def ready(services: ServicesDep) -> HealthResponse:
+    """The server takes requests. While it shuts down it answers 503 and `draining`."""
+    if services.generator.draining:
+        raise DrainingError("the server is draining: it finishes what runs and takes no new work")
+    return HealthResponse(status="ready")
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(services: ServicesDep) -> Response:
+    """What Prometheus scrapes."""
+    return Response(services.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

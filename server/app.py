@@ -1,0 +1,34 @@
+"""The HTTP application."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from server.api import admin, generate, health
+from server.api.errors import install_error_handlers
+from server.api.limits import BodyLimit
+from server.services import VERSION, Services
+
+_DESCRIPTION = """
+Many tasks from one frozen language model. A task is a *prefix*: trained keys and values in front of
+every request of that task. Upload one under `/admin/tasks`, then name it as `task_id` in
+`POST /generate`. Requests of all tasks share every batch.
+
+Every error is `{"error": ..., "error_type": ...}`.
+"""
+
+
+def create_app(services: Services) -> FastAPI:
+    """The application on services that run; who opened them closes them."""
+    app = FastAPI(title="prefixserve", version=VERSION, description=_DESCRIPTION)
+    app.state.services = services
+    settings = services.settings
+    app.add_middleware(
+        BodyLimit,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+    )
+    install_error_handlers(app)
+    for router in (generate.router, admin.router, health.router):
+        app.include_router(router)
+    return app

@@ -1,0 +1,299 @@
+"""Text to text: tokenize, have the prefix ready, run on the engine, detokenize."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+
+from prefix_store.errors import UnknownVersionError
+from prefix_store.prefix import SOURCE
+from prefix_store.store import TaskRecord
+from server.detokenizer import Detokenizer
+from server.engine.protocol import (
+    Engine,
+    EngineFailedError,
+    FinishReason,
+    GenerationRequest,
+    RequestTooLongError,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+    TokenStream,
+)
+from server.errors import DrainingError, InvalidRequestError
+from server.metrics import Metrics
+from server.tasks import TaskService
+from server.tokenization import TextTokenizer
+
+DEFAULT_NEW_TOKENS = 100
+# Every double holds such a seed, so every JSON client can send back what it was told.
+_SEED_BITS = 53
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationJob:
+    """What one call asks for: every input generated in the same way.
+
+    Attributes:
+        task_id: whose prefix to use; None for the bare base model.
+        sampling: its `max_new_tokens` and `seed` are replaced by the two below.
+        max_new_tokens: None for up to `DEFAULT_NEW_TOKENS`, fewer where fewer fit.
+        seed: None for a random one for each input.
+        stop: strings that end the text.
+        truncate: keep only so many tokens of a prompt, its last.
+    """
+
+    inputs: tuple[str, ...]
+    task_id: str | None
+    sampling: SamplingParams
+    max_new_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    truncate: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token as clients see it; `text` may be empty while a character is incomplete."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How a sequence ended."""
+
+    generated_text: str
+    reason: FinishReason
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One generated token, numbered from 1; the last one has `finish`."""
+
+    index: int
+    token: Token
+    top: tuple[Token, ...]
+    finish: Finish | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a sequence was generated from.
+
+    Attributes:
+        task_id, version: the prefix used; None for the bare base model.
+        prefix_tokens, prompt_tokens: positions taken before the first generated token.
+        seed: what sampling was seeded with; None for greedy decoding.
+    """
+
+    task_id: str | None
+    version: str | None
+    prefix_tokens: int
+    prompt_tokens: int
+    seed: int | None
+
+
+class Generation:
+    """One sequence on its way. Iterate once."""
+
+    def __init__(
+        self, usage: Usage, stream: TokenStream, text: _TextAssembler, clock: _Clock
+    ) -> None:
+        self.usage = usage
+        self._stream = stream
+        self._text = text
+        self._clock = clock
+
+    async def __aiter__(self) -> AsyncGenerator[Chunk]:
+        """Its tokens as they come.
+
+        Raises:
+            EngineFailedError: there will be no more.
+        """
+        async for event in self._stream:
+            self._clock.token(event)
+            chunk = self._text.chunk(event)
+            if chunk.finish is not None:
+                await self._stream.aclose()  # a stop string ends it before the engine knows
+                self._clock.finished()
+            yield chunk
+
+
+class Generator:
+    """Runs generation jobs on the engine."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: TextTokenizer, tasks: TaskService, metrics: Metrics
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._tasks = tasks
+        self._metrics = metrics
+        self._draining = False
+
+    @property
+    def draining(self) -> bool:
+        """True once new jobs are refused."""
+        return self._draining
+
+    def drain(self) -> None:
+        """Refuse new jobs from now on; those that run go on."""
+        self._draining = True
+
+    @asynccontextmanager
+    async def run(self, job: GenerationJob) -> AsyncIterator[list[Generation]]:
+        """Start every input of a job, or none. Leaving the context stops what still runs.
+
+        Raises:
+            UnknownTaskError, StoreUnavailableError, InvalidPrefixError: its task's prefix cannot
+                be had.
+            InvalidRequestError, RequestTooLongError, QueueFullError, EngineFailedError,
+            DrainingError
+        """
+        if self._draining:
+            raise DrainingError("the server is shutting down; try again")
+        try:
+            async with AsyncExitStack() as stack:
+                yield await self._start(job, stack)
+        except EngineFailedError as error:
+            if self._draining:
+                raise DrainingError("the server shut down before the end; try again") from error
+            raise
+
+    async def _start(self, job: GenerationJob, stack: AsyncExitStack) -> list[Generation]:
+        """Submit every input; what must be undone at the end goes on `stack`."""
+        started = time.perf_counter()
+        record = await self._lease(job.task_id, stack)
+        requests = [
+            await self._request(job, position, record) for position in range(len(job.inputs))
+        ]
+        label = self._metrics.tasks.known(job.task_id)
+        generations = []
+        for request in requests:
+            stream = self._engine.submit(request)
+            stack.push_async_callback(stream.aclose)
+            clock = _Clock(self._metrics, label, started, len(request.prompt_ids))
+            text = _TextAssembler(self._tokenizer, job.stop)
+            generations.append(Generation(_usage(request, record), stream, text, clock))
+        return generations
+
+    async def _lease(self, task_id: str | None, stack: AsyncExitStack) -> TaskRecord | None:
+        """The task's record with its prefix ready for as long as `stack` is open."""
+        if task_id is None:
+            return None
+        record = await self._tasks.resolve(task_id)
+        try:
+            await stack.enter_async_context(self._tasks.lease(record.version))
+        except UnknownVersionError:  # replaced since it was resolved
+            record = await self._tasks.resolve(task_id)
+            await stack.enter_async_context(self._tasks.lease(record.version))
+        return record
+
+    async def _request(
+        self, job: GenerationJob, position: int, record: TaskRecord | None
+    ) -> GenerationRequest:
+        where = f"inputs[{position}]: " if len(job.inputs) > 1 else ""
+        prompt_ids = await self._prompt_ids(job.inputs[position], record)
+        if job.truncate is not None:
+            prompt_ids = prompt_ids[-job.truncate :]
+        if not prompt_ids:
+            raise InvalidRequestError(f"{where}the input has no tokens; expected at least one")
+        new_tokens = self._new_tokens(job, record, len(prompt_ids), where)
+        seed = secrets.randbits(_SEED_BITS) if job.seed is None else job.seed
+        return GenerationRequest(
+            request_id=uuid.uuid4().hex,
+            prompt_ids=prompt_ids,
+            sampling=replace(job.sampling, max_new_tokens=new_tokens, seed=seed),
+            prefix_version=None if record is None else record.version,
+        )
+
+    async def _prompt_ids(self, inputs: str, record: TaskRecord | None) -> tuple[int, ...]:
+        if record is None:
+            return await self._tokenizer.encode(inputs)
+        text = record.template.replace(SOURCE, inputs) if record.template else inputs
+        # A text's prefix begins with the special tokens already.
+        return await self._tokenizer.encode(text, add_special_tokens=record.method != "text")
+
+    def _new_tokens(
+        self, job: GenerationJob, record: TaskRecord | None, prompt_tokens: int, where: str
+    ) -> int:
+        limit = self._engine.max_length
+        prefix_tokens = 0 if record is None else record.prefix_length
+        left = limit - prefix_tokens - prompt_tokens
+        wanted = job.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, left))
+        if wanted > left:
+            raise RequestTooLongError(
+                f"{where}{prefix_tokens} prefix tokens + {prompt_tokens} prompt tokens + "
+                f"{wanted} max_new_tokens = {prefix_tokens + prompt_tokens + wanted} is over this "
+                f"server's limit of {limit}; shorten the input, set truncate, or lower "
+                "max_new_tokens"
+            )
+        return wanted
+
+
+def _usage(request: GenerationRequest, record: TaskRecord | None) -> Usage:
+    return Usage(
+        task_id=None if record is None else record.task_id,
+        version=None if record is None else record.version,
+        prefix_tokens=0 if record is None else record.prefix_length,
+        prompt_tokens=len(request.prompt_ids),
+        seed=request.sampling.seed if request.sampling.do_sample else None,
+    )
+
+
+class _TextAssembler:
+    """Turns one sequence's token events into chunks of text."""
+
+    def __init__(self, tokenizer: TextTokenizer, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, stop)
+        self._count = 0
+
+    def chunk(self, event: TokenEvent) -> Chunk:
+        self._count += 1
+        chosen, reason = event.chosen, event.finish_reason
+        added = self._detokenizer.push(chosen.token_id, last=reason is not None)
+        if added.stopped:
+            reason = FinishReason.STOP_SEQUENCE
+        finish = None if reason is None else Finish(self._detokenizer.text, reason, self._count)
+        token = Token(chosen.token_id, added.text, chosen.logprob, added.special)
+        return Chunk(self._count, token, tuple(map(self._alternative, event.top)), finish)
+
+    def _alternative(self, token: TokenLogprob) -> Token:
+        text = self._tokenizer.token_text(token.token_id)
+        special = self._tokenizer.is_special(token.token_id)
+        return Token(token.token_id, text, token.logprob, special)
+
+
+class _Clock:
+    """Measures one sequence."""
+
+    def __init__(self, metrics: Metrics, label: str, started: float, prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._started = started
+        self._last: float | None = None
+        self._generated = metrics.generated_tokens.labels(label)
+        metrics.prompt_tokens.labels(label).inc(prompt_tokens)
+
+    def token(self, event: TokenEvent) -> None:
+        now = time.perf_counter()
+        if event.queue_seconds is not None:
+            self._metrics.queue_seconds.observe(event.queue_seconds)
+        if self._last is None:
+            self._metrics.ttft_seconds.observe(now - self._started)
+        else:
+            self._metrics.itl_seconds.observe(now - self._last)
+        self._last = now
+        self._generated.inc()
+
+    def finished(self) -> None:
+        self._metrics.e2e_seconds.observe(time.perf_counter() - self._started)

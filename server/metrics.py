@@ -1,0 +1,158 @@
+"""Everything `/metrics` shows. Every name begins with `prefixserve_`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
+
+from server.engine.protocol import EngineStats, StepStats
+
+NAMESPACE = "prefixserve"
+BASE_LABEL = "base"
+OTHER_LABEL = "other"
+
+LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+BATCH = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+
+
+class TaskLabels:
+    """The value of the `task` label, bounded: the first so many tasks seen, the rest `other`."""
+
+    def __init__(self, max_tasks: int) -> None:
+        self._max_tasks = max_tasks
+        self._named: set[str] = set()
+
+    def known(self, task_id: str | None) -> str:
+        """The label of a task that exists; None is the bare base model."""
+        if task_id is None:
+            return BASE_LABEL
+        if task_id not in self._named and len(self._named) < self._max_tasks:
+            self._named.add(task_id)
+        return self.unchecked(task_id)
+
+    def unchecked(self, task_id: str | None) -> str:
+        """The label of a task that may not exist; it never takes up a new one."""
+        if task_id is None:
+            return BASE_LABEL
+        return task_id if task_id in self._named else OTHER_LABEL
+
+
+class Collectors:
+    """Makes collectors on a registry of their own, under one prefix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, namespace=NAMESPACE, registry=self.registry)
+
+    def gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, namespace=NAMESPACE, registry=self.registry)
+
+    def histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(
+            name, text, labels, buckets=buckets, namespace=NAMESPACE, registry=self.registry
+        )
+
+
+class PrefixCacheMetrics:
+    """A `CacheObserver` that counts."""
+
+    def __init__(self, collectors: Collectors) -> None:
+        self._hits = collectors.counter("prefix_cache_hits", "Requests whose prefix was loaded")
+        self._misses = collectors.counter("prefix_cache_misses", "Requests that waited for a load")
+        self._evictions = collectors.counter(
+            "prefix_cache_evictions", "Prefixes dropped to stay within the cache's size"
+        )
+        self._bytes = collectors.gauge("prefix_cache_bytes", "Size of the loaded prefixes")
+        self._prefixes = collectors.gauge("prefix_cache_prefixes", "Number of loaded prefixes")
+        self._load_seconds = collectors.histogram(
+            "prefix_load_seconds", "Making a prefix ready for use", LATENCY, "source"
+        )
+
+    def hit(self) -> None:
+        """See `CacheObserver.hit`."""
+        self._hits.inc()
+
+    def miss(self) -> None:
+        """See `CacheObserver.miss`."""
+        self._misses.inc()
+
+    def eviction(self) -> None:
+        """See `CacheObserver.eviction`."""
+        self._evictions.inc()
+
+    def loaded(self, seconds: float) -> None:
+        """See `CacheObserver.loaded`."""
+        self._load_seconds.labels("store").observe(seconds)
+
+    def computed(self, seconds: float) -> None:
+        """A prefix was computed from text."""
+        self._load_seconds.labels("text").observe(seconds)
+
+    def resident(self, nbytes: int, prefixes: int) -> None:
+        """See `CacheObserver.resident`."""
+        self._bytes.set(nbytes)
+        self._prefixes.set(prefixes)
+
+
+class Metrics:
+    """Everything that is measured. `observe_step` is a `StepObserver`, `prefix_cache` a
+    `CacheObserver`."""
+
+    def __init__(self, max_tasks: int = 100) -> None:
+        make = self._collectors = Collectors()
+        ProcessCollector(namespace=NAMESPACE, registry=make.registry)
+        self.tasks = TaskLabels(max_tasks)
+        self.prefix_cache = PrefixCacheMetrics(make)
+        self.build = Info("build", "What runs", namespace=NAMESPACE, registry=make.registry)
+        self.requests = make.counter(
+            "requests",
+            "Requests by task and HTTP status, 499 when the client went",
+            "task",
+            "status",
+        )
+        self.prompt_tokens = make.counter("prompt_tokens", "Tokens of prompts", "task")
+        self.generated_tokens = make.counter("generated_tokens", "Tokens generated", "task")
+        self.store_errors = make.counter("store_errors", "Calls the prefix store did not answer")
+        self.queue_seconds = make.histogram("queue_seconds", "Wait for a slot", LATENCY)
+        self.ttft_seconds = make.histogram(
+            "time_to_first_token_seconds", "From the request to its first token", LATENCY
+        )
+        self.itl_seconds = make.histogram(
+            "inter_token_seconds", "Between two tokens of a sequence, as delivered", TOKEN_GAP
+        )
+        self.e2e_seconds = make.histogram(
+            "request_seconds", "From the request to its last token", LATENCY
+        )
+        self._batch_size = make.histogram(
+            "batch_size", "Sequences that got a token in one step", BATCH
+        )
+        self._step_seconds = make.histogram("step_seconds", "One step of the engine", TOKEN_GAP)
+
+    def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
+        """Read the requests off the engine at each scrape."""
+        gauge = self._collectors.gauge
+        gauge("running_requests", "Sequences in a slot").set_function(lambda: stats().running)
+        gauge("waiting_requests", "Sequences without one").set_function(lambda: stats().waiting)
+        gauge("slots", "Sequences that can run at once").set_function(lambda: stats().max_slots)
+
+    def observe_step(self, step: StepStats) -> None:
+        """Count one step; called on the engine's thread."""
+        self._step_seconds.observe(step.seconds)
+        if step.decode_rows:
+            self._batch_size.observe(step.decode_rows)
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._collectors.registry)

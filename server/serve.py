@@ -1,0 +1,177 @@
+"""`prefixserve serve`: from a command line to a running server and back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Generator
+
+import torch
+import uvicorn
+import uvloop
+from transformers.utils.logging import disable_progress_bar
+
+from prefix_store.errors import PrefixStoreError
+from prefix_store.model_loading import LoadedModel, default_device, default_dtype, load_base_model
+from server.app import create_app
+from server.demo_tasks import DEMO_TASKS
+from server.errors import StartupError
+from server.services import VERSION, Services, running_services
+from server.settings import Settings, load_settings
+
+logger = logging.getLogger(__name__)
+
+# After the last token: time for answers to reach their clients.
+_FLUSH_SECONDS = 5
+
+
+def main(argv: list[str]) -> None:
+    """Serve until SIGTERM or SIGINT, then exit with code 0; 1 where the server cannot start."""
+    try:
+        settings = load_settings(argv)
+        _configure_logging(settings.log_level)
+        with _listener(settings.host, settings.port) as listener:
+            loaded = _load_model(settings)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve(settings, loaded, listener, _announce))
+    except (StartupError, PrefixStoreError, OSError) as error:
+        sys.exit(f"prefixserve: {' '.join(str(error).split())}")
+
+
+async def serve(
+    settings: Settings,
+    loaded: LoadedModel,
+    listener: socket.socket,
+    on_ready: Callable[[Services, str], Awaitable[None]],
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve on a bound socket until a signal, or until `stop` is set.
+
+    Args:
+        on_ready: awaited once requests are answered, with the server's address.
+    """
+    stop = _stop_on_signals() if stop is None else stop
+    async with running_services(settings, loaded) as services, asyncio.TaskGroup() as group:
+        config = uvicorn.Config(
+            create_app(services),
+            lifespan="off",
+            log_config=None,
+            access_log=settings.log_level == "debug",
+            timeout_graceful_shutdown=_FLUSH_SECONDS,
+        )
+        server = _Server(config, lambda: on_ready(services, _address(listener)))
+        serving = group.create_task(server.serve(sockets=[listener]))
+        stopping = group.create_task(stop.wait())
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        logger.info("stopping: finishing what runs, for at most %g s", settings.drain_seconds)
+        await services.drain()
+        server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handling, which ends the process by the signal."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        await self._on_started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("httpx", "httpcore", "urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """A bound socket; connections are refused until the server listens on it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StartupError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; choose others with "
+            "--host and --port"
+        ) from error
+    return listener
+
+
+def _load_model(settings: Settings) -> LoadedModel:
+    device = _device(settings.device)
+    dtype = default_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    logger.info("loading %s on %s in %s", settings.model, device, dtype)
+    cache_dir = settings.data_dir.expanduser() / "models"
+    return load_base_model(settings.model, device=device, dtype=dtype, cache_dir=cache_dir)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
+        raise StartupError(f"--device {name} cannot be used here: {error}") from error
+    return device
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the second one ends the process at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def handle() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, handle)
+    return stop
+
+
+def _address(listener: socket.socket) -> str:
+    """An address to reach the server at from this machine."""
+    host, port = listener.getsockname()[:2]
+    own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://[{own}]:{port}" if ":" in own else f"http://{own}:{port}"
+
+
+async def _announce(services: Services, address: str) -> None:
+    """Tell the operator where the server is and a request that works."""
+    body: dict[str, str] = {"inputs": "The capital of France is"}
+    known = {record.task_id for record in await services.tasks.list()}
+    for demo in DEMO_TASKS:
+        if demo.task_id in known:
+            body = {"task_id": demo.task_id, "inputs": demo.example}
+            break
+    sys.stdout.write(
+        f"\nprefixserve {VERSION} serves {services.engine.spec.name} at {address}\n"
+        f"Every field and an example: {address}/docs\n\n"
+        f"Try it:\n  curl {address}/generate -H 'Content-Type: application/json' "
+        f"-d {shlex.quote(json.dumps(body))}\n\n"
+    )
+    sys.stdout.flush()

@@ -1,0 +1,127 @@
+"""Everything a running server holds open, opened and closed in order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from prefix_store.embedded import EmbeddedValkey
+from prefix_store.errors import IncompatiblePrefixError
+from prefix_store.model_loading import LoadedModel
+from prefix_store.redis_store import RedisPrefixStore
+from server.demo_tasks import DEMO_TASKS, DemoTask
+from server.engine.native import NativeEngine
+from server.engine.protocol import Engine, EngineConfig
+from server.errors import StartupError
+from server.generation import Generator
+from server.metrics import Metrics
+from server.settings import Settings
+from server.tasks import TaskService
+from server.tokenization import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+VERSION = version("prefixserve")
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the routes work with."""
+
+    settings: Settings
+    engine: Engine
+    tasks: TaskService
+    generator: Generator
+    metrics: Metrics
+    dtype: str
+    device: str
+
+    async def drain(self) -> None:
+        """Refuse new work; return when what runs is finished, or at the deadline stopped."""
+        self.generator.drain()
+        await self.engine.close(self.settings.drain_seconds)
+
+
+@asynccontextmanager
+async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIterator[Services]:
+    """Open the store, the engine and the cache; close them in reverse, also on failure.
+
+    Raises:
+        StoreUnavailableError, ModelLoadError, StartupError: the server cannot start so.
+    """
+    async with AsyncExitStack() as stack:
+        store = await _open_store(settings, stack)
+        metrics = Metrics(settings.max_metric_tasks)
+        tokenizer = TextTokenizer(loaded.tokenizer)
+        config = EngineConfig(
+            max_slots=settings.max_slots,
+            max_length=settings.max_length,
+            prefill_tokens=settings.prefill_tokens,
+            max_waiting=settings.max_waiting,
+        )
+        engine = NativeEngine(loaded, config, metrics.observe_step)
+        stack.push_async_callback(engine.close)
+        metrics.watch_engine(engine.stats)
+        tasks = TaskService(
+            store,
+            engine,
+            tokenizer,
+            metrics,
+            cache_bytes=settings.prefix_cache_bytes,
+            lookup_seconds=settings.store_timeout_seconds,
+        )
+        stack.push_async_callback(tasks.close)
+        services = Services(
+            settings=settings,
+            engine=engine,
+            tasks=tasks,
+            generator=Generator(engine, tokenizer, tasks, metrics),
+            metrics=metrics,
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            device=loaded.model.device.type,
+        )
+        metrics.build.info(
+            {
+                "version": VERSION,
+                "model": loaded.spec.name,
+                "dtype": services.dtype,
+                "device": services.device,
+            }
+        )
+        if settings.demo_tasks and settings.redis_url is None and not await tasks.list():
+            await _upload_demo_tasks(tasks)
+        yield services
+
+
+async def _open_store(settings: Settings, stack: AsyncExitStack) -> RedisPrefixStore:
+    url = settings.redis_url
+    if url is None:
+        valkey = EmbeddedValkey(settings.data_dir / "store")
+        url = (await stack.enter_async_context(valkey)).url
+    try:
+        store = RedisPrefixStore.from_url(url, timeout=settings.store_timeout_seconds)
+    except ValueError as error:
+        raise StartupError(f"--redis-url is not an address of a store: {error}") from error
+    stack.push_async_callback(store.close)
+    await store.ping()
+    return store
+
+
+async def _upload_demo_tasks(tasks: TaskService) -> None:
+    for demo in DEMO_TASKS:
+        try:
+            await _upload(tasks, demo)
+        except IncompatiblePrefixError:
+            logger.info("the demo task %s was made for another base model; left out", demo.task_id)
+        else:
+            logger.info("uploaded the demo task %s", demo.task_id)
+
+
+async def _upload(tasks: TaskService, demo: DemoTask) -> None:
+    if demo.kind == "text":
+        await tasks.upload_text(demo.task_id, demo.path.read_text())
+    else:
+        await tasks.upload(demo.task_id, [(demo.path.name, demo.path.read_bytes())])
