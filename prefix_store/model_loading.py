@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
+import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -46,6 +48,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 _BF16_CPUS = {"AVX512", "AMX"}
+_READ_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error)
+_EXPECTED = (
+    "Expected a Hugging Face id, a folder with config.json and safetensors weights, a .gguf file, "
+    f"or {DEFAULT_MODEL!r}."
+)
 
 
 def load_base_model(
@@ -64,11 +71,11 @@ def load_base_model(
     source = _source(name, cache_dir)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        # A checkpoint without safetensors is a pickle, which can run code.
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except _READ_ERRORS as error:
         raise ModelLoadError(
-            f"cannot load the base model {name!r}: {error}. Expected a Hugging Face id, a folder "
-            f"with config.json and safetensors weights, a .gguf file, or {DEFAULT_MODEL!r}."
+            f"cannot load the base model {name!r}: {_first_line(error)} {_EXPECTED}"
         ) from error
     torch.nn.Module.to(model, device)
     model.requires_grad_(False).train(False)
@@ -83,7 +90,11 @@ def _source(name: str, cache_dir: Path) -> str:
         if not path.is_file():
             raise ModelLoadError(f"no GGUF file at {path}")
         return str(_converted(path, cache_dir))
-    return str(path) if path.is_dir() else name
+    if (path / "config.json").is_file():
+        return str(path)
+    if path.exists() or name.startswith(("/", ".", "~")):
+        raise ModelLoadError(f"no folder with a config.json at {path}. {_EXPECTED}")
+    return name
 
 
 def _packaged_gguf(alias: str) -> Path:
@@ -121,11 +132,18 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"cannot read the GGUF file {gguf}: {error}") from error
+    except _READ_ERRORS as error:
+        raise ModelLoadError(
+            f"cannot read the GGUF file {gguf}: {_first_line(error)} Download it again?"
+        ) from error
     # Its tensors are dense now; transformers still refuses to save what it calls quantized.
     setattr(model, "hf_quantizer", None)  # noqa: B010 - nn.Module's __setattr__ is typed for tensors
     del model.config.quantization_config
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".") + "."
