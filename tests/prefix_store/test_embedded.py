@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -22,6 +23,10 @@ from tests.prefix_store.examples import a_prefix
 async def pid_of(valkey: EmbeddedValkey) -> int:
     async with Redis.from_url(valkey.url) as client:
         return int((await client.info("server"))["process_id"])
+
+
+def socket_of(url: str) -> Path:
+    return Path(unquote(url.removeprefix("unix://")))
 
 
 def mode_of(path: Path) -> int:
@@ -91,6 +96,7 @@ async def test_takes_over_from_an_owner_that_was_killed(tmp_path: Path) -> None:
 
     for data_dir in data_dirs:
         assert await kept_by(data_dir) == ["one"]
+    shutil.rmtree(socket_of(urls[1]).parent.parent)  # the killed owner could not remove its link
 
 
 async def test_one_owner_at_a_time(tmp_path: Path) -> None:
@@ -110,7 +116,7 @@ async def test_any_path_will_do(tmp_path: Path, folder: str) -> None:
         store = RedisPrefixStore.from_url(valkey.url)
         await store.put("one", a_prefix())
         await store.close()
-        socket = Path(unquote(valkey.url.removeprefix("unix://")))
+        socket = socket_of(valkey.url)
         assert mode_of(socket.parent.parent) == 0o700
         assert mode_of(socket) == 0o700
 
