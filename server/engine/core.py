@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.engine.protocol import (
     EngineConfig,
@@ -19,7 +18,7 @@ from server.engine.protocol import (
     StepStats,
     TokenEvent,
 )
-from server.engine.runner import ModelRunner
+from server.engine.runner import Runner
 from server.engine.sampling import Sample, sample
 from server.engine.scheduler import Scheduler, Span
 from server.engine.sequence import NO_SLOT, Sequence
@@ -39,16 +38,16 @@ class StepResult:
 
 
 class EngineCore:
-    """Owns the model and the slots. Not thread-safe: one thread calls everything here.
+    """Owns the slots and their sequences. Not thread-safe: one thread calls everything here.
 
     A step computes the next token of every sequence whose prompt is complete, and the next chunks
     of the prompts that are not, in one call of the runner.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+    def __init__(self, runner: Runner, config: EngineConfig, eos_token_ids: frozenset[int]) -> None:
         self._scheduler = Scheduler(config.max_slots, config.prefill_tokens)
-        self._runner = ModelRunner(loaded, config.max_slots, config.max_length)
-        self._eos_token_ids = eos_token_ids(loaded)
+        self._runner = runner
+        self._eos_token_ids = eos_token_ids
         self._sequences: dict[str, Sequence] = {}
 
     @property
@@ -164,12 +163,3 @@ def _step_stats(spans: Rows[Span], seconds: float, stats: EngineStats) -> StepSt
     decoding = [span for span in spans if span.start >= span.sequence.prompt_end]
     prefilled = sum(len(span.token_ids) for span in spans) - len(decoding)
     return StepStats(len(decoding), prefilled, seconds, stats)
-
-
-def eos_token_ids(loaded: LoadedModel) -> frozenset[int]:
-    """The tokens that end a text, from the model's generation config."""
-    generation_config = loaded.model.generation_config
-    ids = generation_config.eos_token_id if generation_config is not None else None
-    if ids is None:
-        return frozenset()
-    return frozenset(ids if isinstance(ids, list) else [ids])

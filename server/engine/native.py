@@ -16,6 +16,7 @@ from prefix_store.base_model import BaseModelSpec
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.engine.core import EngineCore, Event
+from server.engine.packed_runner import packed_runner
 from server.engine.protocol import (
     EngineConfig,
     EngineFailedError,
@@ -28,6 +29,7 @@ from server.engine.protocol import (
     StepObserver,
     TokenEvent,
 )
+from server.engine.runner import Runner, TransformersRunner
 from server.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -88,7 +90,8 @@ class NativeEngine:
         max_length = min(config.max_length, loaded.spec.max_positions)
         self._config = replace(config, max_length=max_length)
         self._on_step = on_step
-        self._core = EngineCore(loaded, self._config)
+        runner = choose_runner(loaded, config.max_slots, max_length)
+        self._core = EngineCore(runner, self._config, eos_token_ids(loaded))
         self._stats = self._core.stats
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -122,7 +125,10 @@ class NativeEngine:
 
     async def load_prefix(self, version: str, prefix: Prefix) -> None:
         """See `Engine.load_prefix`."""
-        model = self._loaded.model
+        model, spec = self._loaded.model, self.spec
+        shape = (spec.num_layers, spec.num_kv_heads, prefix.prefix_length, spec.head_dim)
+        if prefix.keys.shape != shape or prefix.values.shape != shape:
+            raise ValueError(f"a prefix for {spec.name} is {shape}, not {prefix.keys.shape}")
         self._prefixes[version] = await asyncio.to_thread(prefix.to, model.device, model.dtype)
 
     def drop_prefix(self, version: str) -> None:
@@ -242,3 +248,18 @@ class NativeEngine:
             self._loop.call_soon_threadsafe(self._deliver, events, stats)
         except RuntimeError:  # the loop was closed without closing the engine first
             logger.warning("the event loop is gone; %d events are lost", len(events))
+
+
+def choose_runner(loaded: LoadedModel, max_slots: int, max_length: int) -> Runner:
+    """The fast runner where the model's structure and the machine allow, else the general one."""
+    packed = packed_runner(loaded, max_slots, max_length)
+    return packed or TransformersRunner(loaded, max_slots, max_length)
+
+
+def eos_token_ids(loaded: LoadedModel) -> frozenset[int]:
+    """The tokens that end a text, from the model's generation config."""
+    generation_config = loaded.model.generation_config
+    ids = generation_config.eos_token_id if generation_config is not None else None
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from typing import Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -14,7 +15,29 @@ from server.engine.scheduler import SlotMove, Span
 from server.engine.sequence import Sequence
 
 
-class ModelRunner:
+class Runner(Protocol):
+    """A model and the KV memory of its slots."""
+
+    def start(self, sequence: Sequence) -> None:
+        """A sequence was given its slot."""
+
+    def move(self, move: SlotMove) -> None:
+        """Carry out what `Scheduler.remove` asked for."""
+
+    def clear(self, slot: int) -> None:
+        """A slot may hold NaN; see to it that no later sequence there is disturbed."""
+
+    def read(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+        """A sequence's own keys and values, `[layers, kv_heads, length, head_dim]` each.
+
+        Of a sequence without a prefix.
+        """
+
+    def forward(self, spans: Rows[Span]) -> torch.Tensor:
+        """Compute every span; logits `[spans, vocab]` after each one's last token."""
+
+
+class TransformersRunner:
     """Any decoder-only transformers model that keeps its keys and values in a standard `Cache`.
 
     Rows of a batch may have any length: each token's position is given to the model, and an
@@ -30,24 +53,24 @@ class ModelRunner:
         self._positions = torch.arange(max_length, device=self._device)
 
     def start(self, sequence: Sequence) -> None:
-        """Put a sequence's prefix into its new slot."""
+        """See `Runner.start`: the prefix is copied into the slot."""
         if sequence.prefix is not None:
             self._cache.write_prefix(sequence.slot, sequence.prefix)
 
     def move(self, move: SlotMove) -> None:
-        """Carry out what `Scheduler.remove` asked for."""
+        """See `Runner.move`."""
         self._cache.move(move.source, move.target, move.length)
 
     def read(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-        """A sequence's keys and values so far, `[layers, num_kv_heads, length, head_dim]` each."""
+        """See `Runner.read`."""
         return self._cache.read(sequence.slot, sequence.length)
 
     def clear(self, slot: int) -> None:
-        """Wipe a slot that may hold NaN."""
+        """See `Runner.clear`: what is masked is still multiplied, and 0 x NaN is NaN."""
         self._cache.clear(slot)
 
     def forward(self, spans: Rows[Span]) -> torch.Tensor:
-        """Compute every span; float32 logits `[spans, vocab]` after each one's last token."""
+        """See `Runner.forward`."""
         single = [i for i, span in enumerate(spans) if len(span.token_ids) == 1]
         longer = [i for i, span in enumerate(spans) if len(span.token_ids) > 1]
         parts = []
@@ -99,7 +122,7 @@ class ModelRunner:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[:, -1]
         return logits
 
     def _column(self, values: list[int]) -> torch.Tensor:

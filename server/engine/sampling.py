@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from server.engine.kernels import likeliest
 from server.engine.protocol import SamplingParams, TokenLogprob
 from server.engine.sequence import Sequence
 
@@ -23,40 +24,27 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sample | Non
     """Choose each row's next token as its `SamplingParams` say.
 
     Args:
-        logits: float32 `[rows, vocab]`; overwritten.
+        logits: `[rows, vocab]` of any floating dtype.
         sequences: one per row; each sampled one draws one number from its own generator, so the
             choice does not depend on the rest of the batch.
 
     Returns:
         One sample per row, None where the row's logits hold NaN or infinity.
     """
-    normalizer = logits.logsumexp(dim=-1)
+    token_ids, normalizer = likeliest(logits)
     finite = normalizer.isfinite().tolist()
+    special = [i for i, s in enumerate(sequences) if finite[i] and _is_special(s.request.sampling)]
+    if special:
+        token_ids[special] = _choose_special(
+            logits[special].float(), [sequences[i] for i in special]
+        )
+    logprobs = logits.gather(1, token_ids[:, None])[:, 0].float() - normalizer
     top = _top_logprobs(logits, normalizer, sequences)
-    chosen = _choose(logits, [s if ok else None for s, ok in zip(sequences, finite, strict=True)])
-    logprobs = chosen.raw_logits - normalizer
-    rows = zip(finite, chosen.token_ids.tolist(), logprobs.tolist(), top, strict=True)
+    rows = zip(finite, token_ids.tolist(), logprobs.tolist(), top, strict=True)
     return [
         Sample(TokenLogprob(token_id, logprob), alternatives) if ok else None
         for ok, token_id, logprob, alternatives in rows
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    token_ids: torch.Tensor  # int64 [rows]
-    raw_logits: torch.Tensor  # float32 [rows], before penalties
-
-
-def _choose(logits: torch.Tensor, sequences: Rows[Sequence | None]) -> _Chosen:
-    special = [i for i, s in enumerate(sequences) if s and _is_special(s.request.sampling)]
-    token_ids = logits.argmax(dim=-1)
-    if special:
-        rows = torch.tensor(special, device=logits.device)
-        token_ids[rows] = _choose_special(
-            logits[rows], [s for i in special if (s := sequences[i]) is not None]
-        )
-    return _Chosen(token_ids, logits.gather(1, token_ids[:, None])[:, 0])
 
 
 def _is_special(params: SamplingParams) -> bool:
@@ -68,7 +56,7 @@ def _is_penalized(params: SamplingParams) -> bool:
 
 
 def _choose_special(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
-    """Token ids `[rows]` for rows with penalties or sampling; `logits` is overwritten."""
+    """Token ids `[rows]` for rows with penalties or sampling; float32 `logits` is overwritten."""
     for row, sequence in zip(logits, sequences, strict=True):
         if _is_penalized(sequence.request.sampling):
             _penalize(row, sequence)
@@ -165,7 +153,7 @@ def _top_logprobs(
     most = min(max(wanted), logits.shape[-1])
     if most == 0:
         return [()] * len(wanted)
-    best = logits.topk(most, dim=-1)
+    best = logits.float().topk(most, dim=-1)
     logprobs = (best.values - normalizer[:, None]).tolist()
     return [
         tuple(TokenLogprob(t, p) for t, p in zip(ids[:n], row[:n], strict=True))

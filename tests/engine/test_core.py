@@ -8,10 +8,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from transformers import AutoModelForCausalLM, GraniteConfig
 
+from prefix_store.base_model import BaseModelSpec
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.engine.core import EngineCore
+from server.engine.native import choose_runner, eos_token_ids
+from server.engine.packed_runner import PackedRunner
 from server.engine.protocol import (
     EngineConfig,
     EngineFailedError,
@@ -20,6 +24,7 @@ from server.engine.protocol import (
     SamplingParams,
     TokenEvent,
 )
+from server.engine.runner import TransformersRunner
 from server.engine.sequence import Sequence
 from tests.engine.reference import greedy, random_prefix
 
@@ -48,11 +53,15 @@ class Plan:
         return random_prefix(loaded, self.prefix_length, seed=self.prefix_length)
 
 
-def run(
-    loaded: LoadedModel, plans: list[Plan], config: EngineConfig = CONFIG
-) -> list[list[TokenEvent]]:
+def new_core(loaded: LoadedModel, *, general: bool = False) -> EngineCore:
+    """A core on the runner the engine would choose, or on the general one."""
+    runner = (TransformersRunner if general else choose_runner)(loaded, 3, 80)
+    return EngineCore(runner, CONFIG, eos_token_ids(loaded))
+
+
+def run(loaded: LoadedModel, plans: list[Plan], *, general: bool = False) -> list[list[TokenEvent]]:
     """Every plan's events, with arrivals and cancellations at their steps."""
-    core = EngineCore(loaded, CONFIG)
+    core = new_core(loaded, general=general)
     events: list[list[TokenEvent]] = [[] for _ in plans]
     step = 0
     while core.has_work or any(plan.arrives_at >= step for plan in plans):
@@ -93,15 +102,50 @@ plans_strategy = st.lists(
 )
 @given(plans=plans_strategy)
 def test_greedy_tokens_are_those_of_the_request_alone(tiny: LoadedModel, plans: list[Plan]) -> None:
-    for plan, events in zip(plans, run(tiny, plans), strict=True):
-        expected, _ = greedy(tiny, plan.prefix(tiny), plan.prompt_ids, plan.max_new_tokens)
-        if plan.cancelled_at is None:
-            assert token_ids(events) == expected
-            ended = FinishReason.EOS_TOKEN if expected[-1] == 5 else FinishReason.LENGTH
-            assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
-            assert events[-1].finish_reason in {ended, FinishReason.EOS_TOKEN}
-        else:
+    check_greedy(tiny, plans, run(tiny, plans))
+
+
+@settings(max_examples=15, deadline=None)
+@given(plans=plans_strategy)
+def test_the_general_runner_serves_what_the_fast_one_does(
+    tiny_llama: LoadedModel, plans: list[Plan]
+) -> None:
+    check_greedy(tiny_llama, plans, run(tiny_llama, plans, general=True))
+
+
+def check_greedy(loaded: LoadedModel, plans: list[Plan], found: list[list[TokenEvent]]) -> None:
+    """Tokens and finish reasons are those of `generate`, up to the cancellation."""
+    for plan, events in zip(plans, found, strict=True):
+        expected, _ = greedy(loaded, plan.prefix(loaded), plan.prompt_ids, plan.max_new_tokens)
+        if plan.cancelled_at is not None:
             assert token_ids(events) == expected[: len(events)]
+            continue
+        assert token_ids(events) == expected
+        stopped = expected[-1] in eos_token_ids(loaded)
+        reason = FinishReason.EOS_TOKEN if stopped else FinishReason.LENGTH
+        assert [e.finish_reason for e in events] == [None] * (len(events) - 1) + [reason]
+
+
+def test_fast_paths_are_chosen_by_structure(tiny: LoadedModel) -> None:
+    expected = tiny.model.config.model_type in {"llama", "qwen2"}
+    assert isinstance(choose_runner(tiny, 2, 16), PackedRunner) is expected
+
+
+def test_a_model_that_only_looks_like_llama_keeps_the_general_runner() -> None:
+    # Granite has Llama's modules and scales its embeddings and residuals besides.
+    config = GraniteConfig(
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=97,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.3,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    loaded = LoadedModel(model, tokenizer=None, spec=BaseModelSpec.from_model(model, "granite"))
+    assert isinstance(choose_runner(loaded, 2, 16), TransformersRunner)
 
 
 def test_logprobs_agree_with_the_request_alone(tiny: LoadedModel) -> None:
@@ -142,7 +186,7 @@ def test_repetition_penalty_equals_transformers(tiny: LoadedModel) -> None:
 
 
 def test_a_long_prompt_does_not_stall_those_that_decode(tiny_llama: LoadedModel) -> None:
-    core = EngineCore(tiny_llama, CONFIG)
+    core = new_core(tiny_llama)
     core.add(Plan(0, (6, 7), 30).sequence(tiny_llama, 0))
     core.step()
     core.add(Plan(3, tuple(range(6, 66)), 2).sequence(tiny_llama, 1))
@@ -151,7 +195,7 @@ def test_a_long_prompt_does_not_stall_those_that_decode(tiny_llama: LoadedModel)
 
 
 def test_a_poisoned_prefix_fails_its_own_request_only(tiny_llama: LoadedModel) -> None:
-    core = EngineCore(tiny_llama, CONFIG)
+    core = new_core(tiny_llama)
     spec = tiny_llama.spec
     huge = torch.full((spec.num_layers, spec.num_kv_heads, 4, spec.head_dim), 3e38)
     poison = Sequence(

@@ -163,14 +163,23 @@ async def test_close_without_time_ends_running_requests(tiny_llama: LoadedModel)
         await tokens(stream)
 
 
-async def test_a_failed_step_ends_its_requests_and_not_the_engine(tiny_llama: LoadedModel) -> None:
-    spec = tiny_llama.spec
-    shape = (spec.num_layers, spec.num_kv_heads + 1, 4, spec.head_dim)  # nobody checked this one
+async def test_a_failed_step_ends_its_requests_and_not_the_engine(
+    tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with running(tiny_llama) as engine:
-        await engine.load_prefix("bad", Prefix(torch.ones(shape), torch.ones(shape), "unchecked"))
-        with pytest.raises(EngineFailedError, match="try again"):
-            await tokens(engine.submit(request("a", version="bad")))
+        with monkeypatch.context() as fault:
+            fault.setattr(engine._core, "_compute", lambda spans: spans[len(spans)])
+            with pytest.raises(EngineFailedError, match="try again"):
+                await tokens(engine.submit(request("a")))
         assert await tokens(engine.submit(request("b"))) == greedy(tiny_llama, None, (9, 10), 5)[0]
+
+
+async def test_a_prefix_of_another_shape_never_reaches_the_model(tiny_llama: LoadedModel) -> None:
+    spec = tiny_llama.spec
+    wrong = torch.ones(spec.num_layers, spec.num_kv_heads + 1, 4, spec.head_dim)
+    async with running(tiny_llama) as engine:
+        with pytest.raises(ValueError, match=r"\(2, 2, 4, 8\)"):
+            await engine.load_prefix("bad", Prefix(wrong, wrong, "unchecked"))
 
 
 async def test_steps_are_reported(tiny_llama: LoadedModel) -> None:
