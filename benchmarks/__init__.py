@@ -1,0 +1,1 @@
+"""What measures speed. Each module prints one JSON object as its last line."""
