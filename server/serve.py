@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     try:
         settings = load_settings(argv)
         _configure_logging(settings.log_level)
-        with _listener(settings.host, settings.port) as listener:
+        with bind(settings.host, settings.port) as listener:
             loaded = _load_model(settings)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve(settings, loaded, listener, _announce))
@@ -103,8 +103,12 @@ def _configure_logging(level: str) -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    """A bound socket; connections are refused until the server listens on it."""
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket; connections are refused until the server listens on it.
+
+    Raises:
+        StartupError: the address is taken, or not one of this machine's.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -17,7 +19,7 @@ from server.api.conversion import event_of, job_of, response_of
 from server.api.errors import CLIENT_GONE, answer_to
 from server.api.schemas import GenerateRequest, GenerateResponse
 from server.generation import Chunk, Generation
-from server.metrics import Metrics
+from server.metrics import OTHER_LABEL, Metrics
 from server.services import Services
 
 logger = logging.getLogger(__name__)
@@ -27,9 +29,9 @@ T = TypeVar("T")
 
 async def answer(services: Services, request: GenerateRequest) -> list[GenerateResponse]:
     """Generate for every input; all or nothing."""
-    job = job_of(request, stream=False)
     wants_details = bool(request.parameters and request.parameters.details)
-    with _counted(services.metrics, job.task_id):
+    with _counted(services.metrics, request):
+        job = job_of(request, stream=False)
         async with services.generator.run(job) as generations:
             chunks = await _all([_collect(generation) for generation in generations])
     return [
@@ -62,6 +64,24 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await _end([working, gone])
 
 
+class CountedRoute(APIRoute):
+    """Counts, too, the requests that are refused before it is known what they ask for."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The route's handler, counting."""
+        handler = super().get_route_handler()
+
+        async def counted(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except (RequestValidationError, HTTPException) as error:
+                metrics: Metrics = request.app.state.services.metrics
+                metrics.requests.labels(OTHER_LABEL, str(answer_to(error).status)).inc()
+                raise
+
+        return counted
+
+
 class EventStream(StreamingResponse):
     """Server-sent events. Whatever ends the response, the generation has ended with it."""
 
@@ -80,8 +100,8 @@ class EventStream(StreamingResponse):
 
 async def _events(services: Services, request: GenerateRequest) -> AsyncGenerator[bytes]:
     """An empty item once the job runs, then each token's event."""
-    job = job_of(request, stream=True)
-    with _counted(services.metrics, job.task_id):
+    with _counted(services.metrics, request):
+        job = job_of(request, stream=True)
         async with services.generator.run(job) as [generation]:
             yield b""
             prompt = _prompt(request, job.inputs[0])
@@ -134,8 +154,9 @@ async def _disconnected(request: Request) -> None:
 
 
 @contextmanager
-def _counted(metrics: Metrics, task_id: str | None) -> Iterator[None]:
+def _counted(metrics: Metrics, request: GenerateRequest) -> Iterator[None]:
     """Count one request by how it ends."""
+    task_id = request.task_id or (request.parameters and request.parameters.adapter_id) or None
     status = 200
     try:
         yield

@@ -125,7 +125,8 @@ def _validation_answer(error: RequestValidationError) -> ErrorAnswer:
 def _field_message(error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"] if part != "body"]
     if error["type"] == "json_invalid":
-        return f"the body is not JSON: {error['ctx']['error']} at character {location[-1]}"
+        at = f" at character {location[-1]}" if location else ""
+        return f"the body is not JSON: {error['ctx']['error']}{at}"
     name = ".".join(location) or "the body"
     match error["type"]:
         case "missing":

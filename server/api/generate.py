@@ -22,7 +22,7 @@ from server.api.schemas import (
 )
 from server.services import VERSION
 
-router = APIRouter(tags=["Generate"])
+router = APIRouter(tags=["Generate"], route_class=answering.CountedRoute)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (404, 413, 415, 422, 429, 500, 503)
@@ -63,6 +63,7 @@ async def generate(body: GenerateBody, request: Request, services: ServicesDep) 
     "/generate_stream",
     response_model=StreamEvent,
     response_class=answering.EventStream,
+    status_code=200,
     responses=_ERRORS,
 )
 async def generate_stream(body: GenerateBody, services: ServicesDep) -> Response:

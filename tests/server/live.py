@@ -1,0 +1,124 @@
+"""A server on a thread of the test's process, on a real port, with a real store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from httpx_sse import connect_sse
+from prometheus_client.parser import text_string_to_metric_families
+
+from prefix_store.model_loading import LoadedModel
+from prefix_store.prefix import Prefix
+from server.serve import bind, serve
+from server.services import Services
+from server.settings import load_settings
+
+DEADLINE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A running server and a client of it."""
+
+    url: str
+    client: httpx.Client
+
+    def generate(
+        self, inputs: str | list[str], task_id: str | None = None, **parameters: Any
+    ) -> Any:
+        """The answer of `POST /generate`, which must succeed."""
+        body = {"inputs": inputs, "task_id": task_id, "parameters": parameters}
+        answer = self.client.post("/generate", json=body)
+        assert answer.status_code == httpx.codes.OK, answer.text
+        return answer.json()
+
+    def stream(
+        self, inputs: str, task_id: str | None = None, **parameters: Any
+    ) -> list[dict[str, Any]]:
+        """The events of `POST /generate_stream`."""
+        body = {"inputs": inputs, "task_id": task_id, "parameters": parameters}
+        with connect_sse(self.client, "POST", "/generate_stream", json=body) as source:
+            return [json.loads(event.data) for event in source.iter_sse()]
+
+    def upload(self, task_id: str, prefix: Prefix) -> dict[str, Any]:
+        """The answer of an upload, which must succeed."""
+        files = {"file": ("prefix.safetensors", prefix.to_bytes())}
+        answer = self.client.put(f"/admin/tasks/{task_id}", files=files)
+        assert answer.status_code == httpx.codes.CREATED, answer.text
+        task: dict[str, Any] = answer.json()
+        return task
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric's value now; 0 before its first count."""
+        text = self.client.get("/metrics").text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == f"prefixserve_{name}" and sample.labels == labels:
+                    return sample.value
+        return 0.0
+
+    def wait_until(self, name: str, value: float, **labels: str) -> None:
+        """Poll until a metric has a value."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while (found := self.metric(name, **labels)) != value:
+            assert time.monotonic() < deadline, f"{name} is {found} and not {value}"
+            time.sleep(0.01)
+
+
+@contextmanager
+def live_server(loaded: LoadedModel, data_dir: Path, *flags: str) -> Iterator[LiveServer]:
+    """Start a server on a free port; stop it on the way out."""
+    settings = load_settings(
+        [
+            "--data-dir",
+            str(data_dir),
+            "--no-demo-tasks",
+            "--port",
+            "0",
+            "--drain-seconds",
+            "5",
+            *flags,
+        ]
+    )
+    ready: Future[str] = Future()
+    stop: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def announce(_: Services, address: str) -> None:
+        ready.set_result(address)
+
+    async def run() -> None:
+        event = asyncio.Event()
+        stop.set_result((asyncio.get_running_loop(), event))
+        with bind(settings.host, settings.port) as listener:
+            await serve(settings, loaded, listener, announce, event)
+
+    def target() -> None:
+        try:
+            asyncio.run(run())
+        except BaseException as error:
+            if not ready.done():
+                ready.set_exception(error)
+            raise
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    try:
+        url = ready.result(DEADLINE_SECONDS)
+        with httpx.Client(base_url=url, timeout=DEADLINE_SECONDS) as client:
+            yield LiveServer(url, client)
+    finally:
+        loop, event = stop.result(DEADLINE_SECONDS)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(event.set)
+        thread.join(DEADLINE_SECONDS)
+        assert not thread.is_alive()
