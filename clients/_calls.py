@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar
@@ -11,7 +12,8 @@ from urllib.parse import quote
 import httpx
 
 from clients._answers import Generation, ServerInfo, Task
-from clients._errors import ConfigurationError
+from clients._errors import InvalidArgumentError
+from clients._files import CountedStream, Progress
 from clients._responses import reader
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -65,18 +67,37 @@ def http_options(base_url: str | None, api_key: str | None, timeout: float) -> d
     """Arguments of httpx's clients.
 
     Raises:
-        ConfigurationError: the address is not an http one.
+        InvalidArgumentError: the address is not an http one, or the key has odd characters.
     """
     url = base_url or os.environ.get("PREFIXSERVE_URL") or DEFAULT_URL
-    if not url.startswith(("http://", "https://")):
-        raise ConfigurationError(f"{url!r} is not an address: it must start with http://, https://")
+    if not re.match(r"https?://[^/]", url):
+        raise InvalidArgumentError(f"{url!r} is not an address such as {DEFAULT_URL}")
     key = api_key or os.environ.get("PREFIXSERVE_API_KEY")
+    if key and not (key.isascii() and key.isprintable()):
+        raise InvalidArgumentError("the API key has characters that no key has, e.g. a line end")
     return {
         "base_url": url,
         "headers": {"Authorization": f"Bearer {key}"} if key else {},
         # Waiting for one of this client's own connections is no fault of the server's.
         "timeout": httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SECONDS, pool=None),
     }
+
+
+def build_request(
+    http: httpx.Client | httpx.AsyncClient, call: Call[Any], progress: Progress | None
+) -> httpx.Request:
+    """The request that a call sends.
+
+    Raises:
+        InvalidArgumentError: an argument of the call has no place in JSON, such as NaN.
+    """
+    try:
+        request = http.build_request(call.method, call.path, **call.body)
+    except ValueError as error:
+        raise InvalidArgumentError(f"this cannot be sent as JSON: {error}") from error
+    if progress is not None:
+        request.stream = CountedStream(request, progress)
+    return request
 
 
 def generate(
@@ -140,4 +161,4 @@ def metrics() -> Call[str]:
 
 
 def _task_path(task_id: str) -> str:
-    return f"/admin/tasks/{quote(task_id, safe='')}"
+    return f"/admin/tasks/{quote(task_id, safe='', errors='backslashreplace')}"

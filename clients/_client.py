@@ -17,7 +17,7 @@ from tenacity import AsyncRetrying, Retrying
 from clients import _calls as calls
 from clients._answers import Generation, Health, ServerInfo, StreamToken, Task
 from clients._calls import Call, Parameters
-from clients._files import CountedStream, Progress, UploadSource, save_file, upload_body
+from clients._files import Progress, UploadSource, save_file, upload_body
 from clients._responses import (
     check_finished,
     parse_event,
@@ -161,9 +161,7 @@ class Client:
         self, call: Call[Any], progress: Progress | None = None
     ) -> Iterator[httpx.Response]:
         """The answer to a call once it is known not to be an error; its body is not read yet."""
-        request = self._http.build_request(call.method, call.path, **call.body)
-        if progress is not None:
-            request.stream = CountedStream(request, progress)
+        request = calls.build_request(self._http, call, progress)
         with translated_errors(self._http.base_url):
             response = Retrying(**self._retry_options)(self._send, request)
             with closing(response):
@@ -310,9 +308,7 @@ class AsyncClient:
         self, call: Call[Any], progress: Progress | None = None
     ) -> AsyncIterator[httpx.Response]:
         """The answer to a call once it is known not to be an error; its body is not read yet."""
-        request = self._http.build_request(call.method, call.path, **call.body)
-        if progress is not None:
-            request.stream = CountedStream(request, progress)
+        request = calls.build_request(self._http, call, progress)
         with translated_errors(self._http.base_url):
             response: httpx.Response = await AsyncRetrying(**self._retry_options)(
                 self._send, request

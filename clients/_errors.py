@@ -1,7 +1,7 @@
 """Everything the clients raise, as one tree.
 
 PrefixServeError
-├── ConfigurationError        the client was set up with something unusable, e.g. a wrong address
+├── InvalidArgumentError      an argument that cannot be used, e.g. an address without http://
 ├── PrefixFileError           a prefix cannot be read, or written, or is none this client can send
 ├── APIConnectionError        no answer, or it broke off
 │   └── APITimeoutError       the server took longer than the client's timeout
@@ -24,8 +24,8 @@ class PrefixServeError(Exception):
     """Base of every error of this package; its text is one sentence written for people."""
 
 
-class ConfigurationError(PrefixServeError):
-    """The client was set up with something unusable, e.g. an address without `http://`."""
+class InvalidArgumentError(PrefixServeError):
+    """An argument that cannot be used, e.g. an address without `http://` or half a character."""
 
 
 class PrefixFileError(PrefixServeError):

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import httpx
 
-from clients._errors import PrefixFileError
+from clients._errors import InvalidArgumentError, PrefixFileError
 
 Progress = Callable[[int, int], None]
 """Called with the bytes sent so far and the bytes in all; starts over when an upload is retried."""
@@ -34,10 +34,11 @@ def upload_body(source: UploadSource | None, text: str | None) -> Iterator[dict[
     """Arguments for httpx's `build_request`; files stay open until the block ends.
 
     Raises:
-        PrefixFileError: there is nothing to send, or it cannot be read.
+        InvalidArgumentError: both or neither are given.
+        PrefixFileError: it is not a prefix, or cannot be read.
     """
     if (source is None) == (text is None):
-        raise PrefixFileError("upload takes either a prefix (file, folder or bytes) or text=...")
+        raise InvalidArgumentError("upload takes a prefix (a file, a folder, bytes) or text=...")
     if source is None:
         yield {"json": {"text": text}}
     elif isinstance(source, bytes) or hasattr(source, "to_bytes"):

@@ -78,10 +78,22 @@ def refuse(status: int, message: str = "no", error_type: str = "kind", **headers
     return answer(status, {"error": message, "error_type": error_type}, **headers)
 
 
-def events(*data: object, after: bytes = b"") -> Step:
-    """A stream of events, then whatever bytes, then the end of the connection."""
+def events(*data: object, after: bytes = b"", then: Step | None = None) -> Step:
+    """A stream of events, then whatever bytes, then another step, then the connection's end."""
     body = b"".join(b"data:" + json.dumps(item).encode() + b"\n\n" for item in data)
-    return _raw(200, body + after, "text/event-stream", {}, length=None)
+    begin = _raw(200, body + after, "text/event-stream", {}, length=None)
+
+    def step(handler: BaseHTTPRequestHandler) -> None:
+        begin(handler)
+        if then is not None:
+            then(handler)
+
+    return step
+
+
+def text(body: str) -> Step:
+    """A complete answer in plain text."""
+    return _raw(200, body.encode(), "text/plain", {})
 
 
 def truncated(status: int) -> Step:

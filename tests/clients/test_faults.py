@@ -254,12 +254,26 @@ def test_the_key_is_sent(kind: str, server: FaultyServer, monkeypatch: pytest.Mo
     assert keys == ["Bearer from-environment", "Bearer given"]
 
 
-def test_an_address_without_http(kind: str) -> None:
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "ftp://x", "/generate"])
+def test_what_is_no_address(kind: str, url: str) -> None:
     with (
-        pytest.raises(clients.ConfigurationError, match="localhost:8000"),
-        blocking_client(kind, "localhost:8000"),
+        pytest.raises(clients.InvalidArgumentError, match=url),
+        blocking_client(kind, url),
     ):
         pass
+
+
+def test_what_cannot_be_sent(client: Client, kind: str, server: FaultyServer) -> None:
+    with pytest.raises(clients.InvalidArgumentError, match="JSON"):
+        client.generate("half a character: \ud83d")
+    with pytest.raises(clients.InvalidArgumentError, match="JSON"):
+        client.generate("hi", temperature=float("nan"))
+    with (
+        pytest.raises(clients.InvalidArgumentError, match="API key"),
+        blocking_client(kind, server.url, api_key="key\n"),
+    ):
+        pass
+    assert server.requests == []
 
 
 def test_a_task_id_cannot_leave_its_place_in_the_address(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clients import PrefixFileError
+from clients import InvalidArgumentError, PrefixFileError
 from clients._files import UploadSource, upload_body
 
 
@@ -78,7 +78,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_nothing_or_too_much_to_send() -> None:
-    with pytest.raises(PrefixFileError, match="either"):
+    with pytest.raises(InvalidArgumentError, match="upload takes"):
         parts(None)
-    with pytest.raises(PrefixFileError, match="either"):
+    with pytest.raises(InvalidArgumentError, match="upload takes"):
         parts(b"tensors", "text")
