@@ -19,6 +19,9 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+/* Elements below which one thread is done before others have woken up. */
+#define WORTH_A_THREAD 65536
+
 /* Positions of keys and values worked on at a time, and most queries that share them. */
 #define BLOCK 64
 #define MAX_QUERIES 64

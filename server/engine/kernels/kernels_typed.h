@@ -169,7 +169,7 @@ void NAME(rotate_and_store)(T *qkv, const float *cosine, const float *sine, T *k
                             const int64_t *positions, int64_t rows, int64_t num_heads,
                             int64_t kv_heads, int64_t head_dim, int64_t slot_stride,
                             int64_t head_stride) {
-#pragma omp parallel for if (rows > 8)
+#pragma omp parallel for if (rows * (num_heads + 2 * kv_heads) * head_dim > WORTH_A_THREAD)
   for (int64_t row = 0; row < rows; row++) {
     const int64_t at = slots[row] * slot_stride + indices[row] * head_dim;
     const int64_t table = positions[row] * head_dim;
@@ -199,7 +199,7 @@ VECTOR void NAME(add_rms_norm_row)(T *residual, const T *delta, const T *weight,
 
 void NAME(add_rms_norm)(T *residual, const T *delta, const T *weight, T *output, int64_t rows,
                         int64_t width, float epsilon) {
-#pragma omp parallel for if (rows > 8)
+#pragma omp parallel for if (rows * width > WORTH_A_THREAD)
   for (int64_t row = 0; row < rows; row++)
     NAME(add_rms_norm_row)
     (residual + row * width, delta ? delta + row * width : 0, weight, output + row * width, width,
@@ -217,7 +217,7 @@ VECTOR void NAME(silu_multiply_row)(const T *gate_up, T *output, int64_t width) 
 }
 
 void NAME(silu_multiply)(const T *gate_up, T *output, int64_t rows, int64_t width) {
-#pragma omp parallel for if (rows > 4)
+#pragma omp parallel for if (8 * rows * width > WORTH_A_THREAD) /* exp costs as much as 8 others */
   for (int64_t row = 0; row < rows; row++)
     NAME(silu_multiply_row)(gate_up + row * 2 * width, output + row * width, width);
 }
