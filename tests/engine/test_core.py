@@ -194,8 +194,11 @@ def test_a_long_prompt_does_not_stall_those_that_decode(tiny_llama: LoadedModel)
         assert [request_id for request_id, _ in core.step().events] == ["0"]
 
 
-def test_a_poisoned_prefix_fails_its_own_request_only(tiny_llama: LoadedModel) -> None:
-    core = new_core(tiny_llama)
+@pytest.mark.parametrize("general", [False, True])
+def test_a_poisoned_prefix_fails_its_own_request_only(
+    tiny_llama: LoadedModel, general: bool
+) -> None:
+    core = new_core(tiny_llama, general=general)
     spec = tiny_llama.spec
     huge = torch.full((spec.num_layers, spec.num_kv_heads, 4, spec.head_dim), 3e38)
     poison = Sequence(
