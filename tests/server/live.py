@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ DEADLINE_SECONDS = 60
 
 @dataclass(frozen=True)
 class LiveServer:
-    """A running server and a client of it."""
+    """A running server and a client of it; `stop` is what SIGTERM does to a process."""
 
     url: str
     client: httpx.Client
+    stop: Callable[[], None]
 
     def generate(
         self, inputs: str | list[str], task_id: str | None = None, **parameters: Any
@@ -90,35 +91,32 @@ def live_server(loaded: LoadedModel, data_dir: Path, *flags: str) -> Iterator[Li
             *flags,
         ]
     )
-    ready: Future[str] = Future()
-    stop: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-
-    async def announce(_: Services, address: str) -> None:
-        ready.set_result(address)
+    started: Future[LiveServer] = Future()
 
     async def run() -> None:
-        event = asyncio.Event()
-        stop.set_result((asyncio.get_running_loop(), event))
+        stopped = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        async def announce(_: Services, address: str) -> None:
+            client = httpx.Client(base_url=address, timeout=DEADLINE_SECONDS)
+            stop = partial(loop.call_soon_threadsafe, stopped.set)
+            started.set_result(LiveServer(address, client, stop))
+
         with bind(settings.host, settings.port) as listener:
-            await serve(settings, loaded, listener, announce, event)
+            await serve(settings, loaded, listener, announce, stopped)
 
-    def target() -> None:
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(asyncio.run, run())
+        running.add_done_callback(lambda _: started.cancel())
         try:
-            asyncio.run(run())
-        except BaseException as error:
-            if not ready.done():
-                ready.set_exception(error)
+            server = started.result(DEADLINE_SECONDS)
+        except CancelledError:
+            running.result()
             raise
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    try:
-        url = ready.result(DEADLINE_SECONDS)
-        with httpx.Client(base_url=url, timeout=DEADLINE_SECONDS) as client:
-            yield LiveServer(url, client)
-    finally:
-        loop, event = stop.result(DEADLINE_SECONDS)
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(event.set)
-        thread.join(DEADLINE_SECONDS)
-        assert not thread.is_alive()
+        with server.client:
+            try:
+                yield server
+            finally:
+                if not running.done():
+                    server.stop()
+                running.result(DEADLINE_SECONDS)
