@@ -48,6 +48,7 @@ def test_a_task_from_upload_to_delete(
     assert stored in real_client.tasks()
     copy = real_client.download(name, tmp_path / "copy")
     assert copy.read_bytes() == artefact.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [copy, artefact]
     real_client.delete(name)
     assert name not in [task.task_id for task in real_client.tasks()]
     for call in (real_client.task, real_client.delete):
