@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
@@ -9,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, overload
 
-import anyio.to_thread
 import httpx
 from httpx_sse import EventSource
 from tenacity import AsyncRetrying, Retrying
@@ -265,7 +265,7 @@ class AsyncClient:
     async def download(self, task_id: str, path: str | os.PathLike[str]) -> Path:
         """Write a task's prefix, byte for byte as it was stored, to a file."""
         data = await self._fetch(calls.prefix(task_id))
-        return await anyio.to_thread.run_sync(save_file, data, path)
+        return await asyncio.to_thread(save_file, data, path)
 
     async def delete(self, task_id: str) -> None:
         """Remove a task; requests already running finish."""
