@@ -9,6 +9,9 @@ from huggingface_hub.errors import ValidationError
 
 from tests.server.live import LiveServer
 
+# text-generation still calls pydantic's first API.
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+
 PROMPT = "Once upon a time"
 
 

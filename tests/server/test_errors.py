@@ -9,9 +9,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
+from server.api.errors import install_error_handlers
 from tests.engine.reference import random_prefix
 from tests.server.conftest import MAX_LENGTH
 from tests.server.live import LiveServer, live_server
@@ -343,3 +346,17 @@ def test_refused_requests_are_counted_and_name_no_task(server: LiveServer) -> No
         generate(server, inputs=["x"], task_id=f"invented-{number}", stream=True)
     assert (refused(404), refused(422)) == (before[0] + 3, before[1] + 6)
     assert "invented" not in server.client.get("/metrics").text
+
+
+def test_what_nobody_expected_is_a_500_that_tells_nothing() -> None:
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.get("/")
+    async def fail() -> None:
+        raise RuntimeError("a secret")
+
+    with TestClient(app, raise_server_exceptions=False) as client:
+        status, kind, message = refusal(client.get("/"))
+    assert (status, kind) == (500, "internal")
+    assert "secret" not in message
