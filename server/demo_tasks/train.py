@@ -1,4 +1,4 @@
-"""Train a demo task's prefix: `python -m server.demo_tasks.train e2e --data ../shared/data`.
+"""Train a demo task's prefix: `python -m server.demo_tasks.train e2e --data DATA`.
 
 Prefix-tuning (Li & Liang 2021) with the keys and values themselves as parameters, which start as
 those of a real text. The base model is frozen.

@@ -107,12 +107,12 @@ def test_target_ends_in_eos_and_prompt_is_what_a_server_encodes(smollm2: LoadedM
     assert tokenizer.decode(list(example.target_ids)) == "Cotto is here.<|im_end|>"
 
 
-def test_an_epoch_of_batches_holds_each_example_once() -> None:
+def test_each_epoch_holds_every_example_once_in_other_batches() -> None:
     examples = [Example((1,) * (n % 7 + 1), (n,)) for n in range(50)]
     batches = endless_batches(examples, batch_size=8, seed=1)
-    epoch = [example.target_ids[0] for _ in range(7) for example in next(batches)]
-    assert sorted(epoch) == list(range(50))
-    assert epoch != sorted(epoch)
+    first, second = ([next(batches) for _ in range(7)] for _ in range(2))
+    assert sorted(e.target_ids[0] for batch in first for e in batch) == list(range(50))
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}
 
 
 def test_padding_does_not_change_the_loss(tiny_llama: LoadedModel) -> None:
@@ -123,13 +123,15 @@ def test_padding_does_not_change_the_loss(tiny_llama: LoadedModel) -> None:
     torch.testing.assert_close(together, (3 * alone[0] + 2 * alone[1]) / 5)
 
 
-def test_a_texts_prefix_stands_in_for_the_text(tiny_llama: LoadedModel) -> None:
-    text, rest = (3, 1, 4, 1, 5), (9, 2, 6)
+def test_loss_behind_a_texts_prefix_is_transformers_loss_after_the_text(
+    tiny_llama: LoadedModel,
+) -> None:
+    text, prompt, target = (3, 1, 4, 1, 5), (9, 2, 6), (8, 2)
     keys, values = text_keys_values(tiny_llama.model, text)
-    behind_prefix = target_loss(tiny_llama.model, keys, values, [Example(rest, (8, 2))])
-    empty = keys[:, :, :0], values[:, :, :0]
-    whole = target_loss(tiny_llama.model, *empty, [Example(text + rest, (8, 2))])
-    torch.testing.assert_close(behind_prefix, whole)
+    behind_prefix = target_loss(tiny_llama.model, keys, values, [Example(prompt, target)])
+    ids = torch.tensor([text + prompt + target])
+    labels = torch.tensor([[-100] * len(text + prompt) + list(target)])
+    torch.testing.assert_close(behind_prefix, tiny_llama.model(input_ids=ids, labels=labels).loss)
 
 
 def test_bleu_takes_rows_with_different_numbers_of_references() -> None:
