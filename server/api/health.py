@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, HTTPException, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.dependencies import ServicesDep
@@ -12,9 +12,11 @@ from server.errors import DrainingError
 router = APIRouter(tags=["Health"])
 
 
-@router.get("/health/live")
-async def live() -> HealthResponse:
-    """The process answers. Restart it when this fails."""
+@router.get("/health/live", responses={503: {"model": ErrorResponse}})
+async def live(services: ServicesDep) -> HealthResponse:
+    """The process answers and its engine runs. Restart it when this fails."""
+    if not services.engine.is_alive and not services.generator.draining:
+        raise HTTPException(503, "the engine has stopped; restart the server, its log says why")
     return HealthResponse(status="live")
 
 

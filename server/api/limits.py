@@ -16,13 +16,13 @@ UPLOAD_PATH = "/admin/tasks/"
 class BodyTooLargeError(HTTPException):
     """The body is over the limit."""
 
-    def __init__(self, limit: int, kind: str) -> None:
+    def __init__(self, limit: int, kind: str, overhead: int = 0) -> None:
         super().__init__(
             413,
             f"the {kind} is over this server's limit of {limit} bytes; its operator can raise "
             f"--max-{kind}-bytes",
         )
-        self.limit = limit
+        self.limit = limit + overhead
 
 
 class BodyLimit:
@@ -49,7 +49,7 @@ class BodyLimit:
     def _refusal(self, path: str, headers: Headers) -> BodyTooLargeError:
         is_multipart = headers.get("content-type", "").startswith("multipart/form-data")
         if is_multipart and path.startswith(UPLOAD_PATH):
-            return BodyTooLargeError(self._max_upload_bytes + _MULTIPART_OVERHEAD, "upload")
+            return BodyTooLargeError(self._max_upload_bytes, "upload", _MULTIPART_OVERHEAD)
         return BodyTooLargeError(self._max_body_bytes, "body")
 
 

@@ -113,6 +113,11 @@ class NativeEngine:
         """Most positions one sequence may take: prefix + prompt + generated."""
         return self._config.max_length
 
+    @property
+    def is_alive(self) -> bool:
+        """See `Engine.is_alive`."""
+        return self._thread.is_alive()
+
     def submit(self, request: GenerationRequest) -> _EventStream:
         """See `Engine.submit`."""
         return self._submit(request, self._prefix_of(request), capture=None)

@@ -20,7 +20,8 @@ from server.engine.sequence import Sequence
 logger = logging.getLogger(__name__)
 
 _SHARING_ROWS = 8
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# Relative error of the logits; anything that is left out or scaled is off by far more.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
 class PackedRunner:
@@ -227,16 +228,18 @@ def packed_runner(loaded: LoadedModel, max_slots: int, max_length: int) -> Packe
     if packed is None:
         return None
     runner = PackedRunner(packed, Kernels(compiled, model.dtype), max_slots, max_length)
-    return runner if _computes_the_same(runner, loaded) else None
+    return runner if _computes_the_same(runner, loaded, min(32, max_length)) else None
 
 
 @torch.inference_mode()
-def _computes_the_same(runner: PackedRunner, loaded: LoadedModel) -> bool:
-    """Whether the logits after a few tokens are the model's own, to its dtype's precision.
+def _computes_the_same(runner: PackedRunner, loaded: LoadedModel, length: int) -> bool:
+    """Whether the logits after `length` tokens are the model's own, to its dtype's precision.
 
     A config can scale embeddings, residuals or norms in ways that the structure does not show.
     """
-    token_ids = tuple(range(1, 7))
+    vocab = loaded.model.config.vocab_size
+    # From the middle: the first ids are often special tokens, whose activations are extreme.
+    token_ids = tuple(vocab // 2 + i % (vocab // 2) for i in range(length))
     sequence = Sequence(GenerationRequest("check", token_ids, SamplingParams(1)), None, slot=0)
     found = runner.forward([Span(sequence, 0, token_ids)])[0].float()
     expected = loaded.model(torch.tensor([token_ids])).logits[0, -1].float()

@@ -179,6 +179,10 @@ class Engine(Protocol):
     def max_length(self) -> int:
         """Most positions one sequence may take: prefix + prompt + generated."""
 
+    @property
+    def is_alive(self) -> bool:
+        """False once it cannot generate any more; only a restart helps then."""
+
     def submit(self, request: GenerationRequest) -> TokenStream:
         """Queue a request; its tokens come from the iterator, the last with a finish_reason.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from prefix_store.base_model import BaseModelSpec
-from prefix_store.model_loading import LoadedModel
+from prefix_store.model_loading import DEFAULT_MODEL, LoadedModel, load_base_model
 from prefix_store.prefix import Prefix
 from server.engine.core import EngineCore
 from server.engine.native import choose_runner, eos_token_ids
@@ -129,6 +130,13 @@ def check_greedy(loaded: LoadedModel, plans: list[Plan], found: list[list[TokenE
 def test_fast_paths_are_chosen_by_structure(tiny: LoadedModel) -> None:
     expected = tiny.model.config.model_type in {"llama", "qwen2"}
     assert isinstance(choose_runner(tiny, 2, 16), PackedRunner) is expected
+
+
+def test_the_real_model_runs_fast_in_both_dtypes(smollm2: LoadedModel, models_dir: Path) -> None:
+    assert isinstance(choose_runner(smollm2, 2, 64), PackedRunner)
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    half = load_base_model(DEFAULT_MODEL, device=device, dtype=dtype, cache_dir=models_dir)
+    assert isinstance(choose_runner(half, 2, 64), PackedRunner)
 
 
 def test_a_model_that_only_looks_like_llama_keeps_the_general_runner() -> None:
