@@ -175,6 +175,6 @@ async def _announce(services: Services, address: str) -> None:
         f"\nprefixserve {VERSION} serves {services.engine.spec.name} at {address}\n"
         f"Every field and an example: {address}/docs\n\n"
         f"Try it:\n  curl {address}/generate -H 'Content-Type: application/json' "
-        f"-d {shlex.quote(json.dumps(body))}\n\n"
+        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}\n\n"
     )
     sys.stdout.flush()

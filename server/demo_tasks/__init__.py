@@ -32,8 +32,8 @@ DEMO_TASKS: tuple[DemoTask, ...] = (
         task_id="e2e",
         path=_FOLDER / "e2e.safetensors",
         kind="artefact",
-        example="name : Cotto | Type : coffee shop | food : Chinese | price : more than £ 30 | "
-        "customer rating : high | area : city centre | near : The Portland Arms",
+        example="name : The Eagle | Type : coffee shop | food : Chinese | price : more than £ 30 | "
+        "customer rating : high | area : city centre | family friendly : no | near : Burger King",
     ),
     DemoTask(
         task_id="webnlg",

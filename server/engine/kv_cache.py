@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
@@ -46,8 +48,8 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         shape = (spec.num_layers, max_slots, spec.num_kv_heads, max_length + 1, spec.head_dim)
         # Zeros, for attention multiplies what it masks out by 0, and 0 x NaN is NaN.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys = _zeros(shape, device, dtype)
+        self.values = _zeros(shape, device, dtype)
         self.scratch = max_length
         self._slot_index = torch.arange(max_slots, device=device)
         self._window: Window | None = None
@@ -104,3 +106,14 @@ class SlotCache(Cache):
         """Zero a slot that may hold NaN or infinities, which a later occupant would inherit."""
         self.keys[:, slot].zero_()
         self.values[:, slot].zero_()
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros; on the CPU of pages that the operating system provides when they are first used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return (
+        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+        .view(dtype)
+        .view(shape)
+    )

@@ -38,8 +38,10 @@ class PackedRunner:
         self._kernels = kernels
         self._dtype = model.embedding.dtype
         shape = (len(model.layers), max_slots, model.kv_heads, max_length, model.head_dim)
-        self._keys = torch.zeros(shape, dtype=self._dtype)
-        self._values = torch.zeros(shape, dtype=self._dtype)
+        # Not filled: nothing reads a position before it is written, and memory that no sequence has
+        # reached yet stays with the operating system.
+        self._keys = torch.empty(shape, dtype=self._dtype)
+        self._values = torch.empty(shape, dtype=self._dtype)
         self._most_rows = max(
             1, min(_SHARING_ROWS, MAX_QUERIES * model.kv_heads // model.num_heads)
         )
