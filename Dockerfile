@@ -2,7 +2,9 @@
 # On a GPU machine the same image runs with `docker run --gpus all`: torch's own wheel brings CUDA.
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /src
-RUN python -m venv /opt/venv
+# gcc builds the CPU kernels; it stays in this stage.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && python -m venv /opt/venv
 COPY requirements.lock requirements-no-deps.lock ./
 RUN /opt/venv/bin/pip install --no-cache-dir -r requirements.lock \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps -r requirements-no-deps.lock
