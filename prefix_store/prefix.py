@@ -78,12 +78,13 @@ class Prefix:
         return self.keys.nbytes + self.values.nbytes
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Prefix:
-        """The same prefix with its tensors elsewhere; shares storage where nothing changes.
+        """The same prefix with contiguous tensors elsewhere; shares storage if nothing changes.
 
         Raises:
             InvalidPrefixError: a number is too large for `dtype`.
         """
-        return replace(self, keys=self.keys.to(device, dtype), values=self.values.to(device, dtype))
+        keys, values = (t.to(device, dtype).contiguous() for t in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
 
     def to_bytes(self) -> bytes:
         """One safetensors file; equal prefixes give equal bytes."""

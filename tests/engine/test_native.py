@@ -70,6 +70,15 @@ async def test_tokens_of_a_loaded_prefix(tiny_llama: LoadedModel) -> None:
         assert all(e.queue_seconds is None for e in events[1:])
 
 
+async def test_a_prefix_may_lie_in_memory_in_any_order(tiny_llama: LoadedModel) -> None:
+    prefix = random_prefix(tiny_llama, 5, seed=1)
+    turned = Prefix(*(t.mT.contiguous().mT for t in (prefix.keys, prefix.values)), method="turned")
+    async with running(tiny_llama) as engine:
+        await engine.load_prefix("v1", turned)
+        found = await tokens(engine.submit(request("a", version="v1")))
+        assert found == greedy(tiny_llama, prefix, (9, 10), 5)[0]
+
+
 async def test_dropping_a_prefix_leaves_those_that_run_with_it(tiny_llama: LoadedModel) -> None:
     prefix = random_prefix(tiny_llama, 5, seed=1)
     async with running(tiny_llama) as engine:
