@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from prefix_store.model_loading import LoadedModel
-from server.engine.kernels import MAX_QUERIES, AttentionArguments, Kernels, library
+from server.engine.kernels import MAX_QUERIES, AttentionArguments, Kernels, kernels_for
 from server.engine.packed_model import PackedModel, pack
 from server.engine.protocol import GenerationRequest, SamplingParams
 from server.engine.scheduler import SlotMove, Span
@@ -217,10 +217,11 @@ def _describe(span: Span) -> tuple[int, int, int, int, int]:
 
 def packed_runner(loaded: LoadedModel, max_slots: int, max_length: int) -> PackedRunner | None:
     """The packed runner where it serves `loaded` exactly, else None."""
-    model, compiled = loaded.model, library()
+    model = loaded.model
     if model.device.type != "cpu" or model.dtype not in _TOLERANCE:
         return None
-    if compiled is None:
+    kernels = kernels_for(model.dtype)
+    if kernels is None:
         logger.warning(
             "the CPU kernels were not built, so the engine runs slower: install a C compiler (on "
             "Debian: apt-get install gcc) and install prefixserve again"
@@ -229,7 +230,7 @@ def packed_runner(loaded: LoadedModel, max_slots: int, max_length: int) -> Packe
     packed = pack(model, max_length)
     if packed is None:
         return None
-    runner = PackedRunner(packed, Kernels(compiled, model.dtype), max_slots, max_length)
+    runner = PackedRunner(packed, kernels, max_slots, max_length)
     return runner if _computes_the_same(runner, loaded, min(32, max_length)) else None
 
 

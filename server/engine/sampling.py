@@ -123,8 +123,10 @@ def filter_logits(scores: torch.Tensor, params: Rows[SamplingParams]) -> torch.T
     ranked = ranked.masked_fill(ranked < smallest, -torch.inf)
 
     probs = ranked.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs
-    dropped = before >= _column([p.top_p for p in params], probs)
+    # Summed from the least likely, whose small terms a sum from the top would round away; below
+    # zero for "off", which no sum reaches.
+    tail = probs.flip(-1).cumsum(dim=-1).flip(-1)
+    dropped = tail <= _column([1 - p.top_p if p.top_p < 1.0 else -1.0 for p in params], probs)
     dropped |= probs < _column([p.min_p for p in params], probs) * probs[:, :1]
     dropped[:, 0] = False  # the likeliest token always stays
     ranked = ranked.masked_fill(dropped, -torch.inf)

@@ -7,7 +7,7 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -61,6 +61,7 @@ params_strategy = st.builds(
 
 
 @settings(deadline=None)
+@example(params=[SamplingParams(1, do_sample=True)] * 2, seed=0)  # a sum that rounds up to 1
 @given(params=st.lists(params_strategy, min_size=1, max_size=6), seed=st.integers(0, 10_000))
 def test_filters_keep_what_transformers_keeps(params: list[SamplingParams], seed: int) -> None:
     scores = logits(len(params), seed)

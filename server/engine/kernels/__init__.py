@@ -62,6 +62,13 @@ class Kernels:
         self.argmax = kernel("argmax", *[_POINTER] * 3, *[_INT] * 2)
 
 
+@functools.cache
+def kernels_for(dtype: torch.dtype) -> Kernels | None:
+    """The kernels of an element type, or None where there are none."""
+    compiled = library()
+    return Kernels(compiled, dtype) if compiled is not None and dtype in _SUFFIX else None
+
+
 def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row, the first most likely token and the logarithm of the sum of exponentials.
 
@@ -71,15 +78,13 @@ def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         int64 `[rows]` and float32 `[rows]`; the latter is not finite where a logit is not.
     """
-    compiled = library()
-    if compiled is None or logits.device.type != "cpu" or logits.dtype not in _SUFFIX:
+    kernels = kernels_for(logits.dtype) if logits.device.type == "cpu" else None
+    if kernels is None:
         scores = logits.float()
         return scores.argmax(dim=-1), scores.logsumexp(dim=-1)
     rows, vocab = logits.shape
     logits = logits.contiguous()
     best = torch.empty(rows, dtype=torch.int64)
     normalizer = torch.empty(rows)
-    Kernels(compiled, logits.dtype).argmax(
-        logits.data_ptr(), best.data_ptr(), normalizer.data_ptr(), rows, vocab
-    )
+    kernels.argmax(logits.data_ptr(), best.data_ptr(), normalizer.data_ptr(), rows, vocab)
     return best, normalizer
