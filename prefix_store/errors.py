@@ -29,6 +29,18 @@ class UnknownVersionError(PrefixStoreError):
     """No artefact of this version is stored any more."""
 
 
+class VersionConflictError(PrefixStoreError):
+    """The task's versions do not allow this change as they are now."""
+
+
+class InvalidSplitError(PrefixStoreError):
+    """The shares of a split are not whole percentages that add to 100."""
+
+
+class PreconditionFailedError(PrefixStoreError):
+    """The task is not at the version that the change was conditional on."""
+
+
 class CorruptArtefactError(PrefixStoreError):
     """The stored bytes do not have the hash that names them."""
 

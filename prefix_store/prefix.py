@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from prefix_store.errors import InvalidPrefixError
-from prefix_store.tensor_file import read_tensor_file
+from prefix_store.tensor_file import Buffer, read_tensor_file
 
 FORMAT = "prefixserve/1"
 # One metadata entry only: safetensors writes several in no fixed order, and equal prefixes must
@@ -97,8 +97,8 @@ class Prefix:
         return save_safetensors(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Prefix:
-        """Read `to_bytes` back.
+    def from_bytes(cls, data: Buffer) -> Prefix:
+        """Read `to_bytes` back; the tensors may be views of `data`, see `read_tensor_file`.
 
         Raises:
             InvalidPrefixError: not safetensors, not this format, or not a valid prefix.
@@ -197,6 +197,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def version_of(data: bytes) -> str:
+def version_of(data: Buffer) -> str:
     """The name of an artefact: `sha256:` and the hex digest of its bytes."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -2,71 +2,148 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from prefix_store.prefix import Prefix
+from prefix_store.artefact import Artefact
+from prefix_store.condition import ALWAYS, Condition
+from prefix_store.task import Task, TaskRecord
+
+__all__ = ["Changes", "PrefixStore", "Subscription", "Task", "TaskRecord"]
 
 
 @dataclass(frozen=True, slots=True)
-class TaskRecord:
-    """What a task points at.
+class Changes:
+    """What changed in the store.
 
     Attributes:
-        version: `sha256:` and the hex digest of the artefact's bytes.
-        prefix_length: positions the prefix takes.
-        nbytes: size of the artefact in bytes.
-        method, base_model, template: as in `Prefix`.
-        created_at: when the task was last put, in unix seconds.
+        position: where in the store's history this is; give it back to hear what came later.
+        task_ids: the tasks that changed, or None when that is no longer known: any may have.
     """
 
-    task_id: str
-    version: str
-    prefix_length: int
-    nbytes: int
-    method: str
-    base_model: str
-    template: str
-    created_at: float
+    position: str
+    task_ids: tuple[str, ...] | None
+
+
+class Subscription(Protocol):
+    """Woken by every change while the connection holds."""
+
+    async def wait(self, seconds: float) -> None:
+        """Return at the next change, or after so many seconds."""
 
 
 class PrefixStore(Protocol):
     """Tasks and the artefacts they point at. Equal artefacts are kept once.
 
-    Every method raises StoreUnavailableError when the store does not answer.
+    Every change of a task is whole or not at all, and seen whole. Every method raises
+    StoreUnavailableError when the store does not answer. Methods that change a task take a
+    condition on its active version and raise PreconditionFailedError where it does not hold.
     """
 
-    async def put(self, task_id: str, prefix: Prefix) -> TaskRecord:
-        """Make `task_id` point at `prefix`: all of it or, on an error, nothing.
+    async def put(
+        self,
+        task_id: str,
+        artefact: Artefact,
+        *,
+        activate: bool = True,
+        condition: Condition = ALWAYS,
+    ) -> TaskRecord:
+        """Give `task_id` another version.
+
+        Args:
+            activate: make it the active one and end a split; else the task must exist.
 
         Raises:
             InvalidTaskIdError: `check_task_id` refuses the name.
+            UnknownTaskError: no task of this name, and `activate` is false.
         """
 
-    async def get(self, task_id: str) -> TaskRecord:
-        """What the task points at.
+    async def activate(self, task_id: str, version: str, condition: Condition = ALWAYS) -> Task:
+        """Make a kept version the active one and end a split.
+
+        Raises:
+            UnknownTaskError, UnknownVersionError
+        """
+
+    async def rollback(self, task_id: str, condition: Condition = ALWAYS) -> Task:
+        """Activate again what was active before, and end a split.
+
+        Raises:
+            UnknownTaskError: no task of this name.
+            VersionConflictError: nothing was, or it is not kept any more.
+        """
+
+    async def split(
+        self, task_id: str, shares: Mapping[str, int], condition: Condition = ALWAYS
+    ) -> Task:
+        """Divide the task's requests among kept versions, in percent; nothing ends a split.
+
+        Raises:
+            UnknownTaskError, UnknownVersionError
+            InvalidSplitError: the shares are not from 1 to 100 or do not add to 100.
+        """
+
+    async def delete_version(
+        self, task_id: str, version: str, condition: Condition = ALWAYS
+    ) -> Task:
+        """Forget one version of a task.
+
+        Raises:
+            UnknownTaskError, UnknownVersionError
+            VersionConflictError: it is active or has a share of the requests.
+        """
+
+    async def delete(self, task_id: str, condition: Condition = ALWAYS) -> None:
+        """Forget the task, and the artefacts that no other task keeps.
 
         Raises:
             UnknownTaskError: no task of this name.
         """
 
-    async def read(self, version: str) -> bytes:
-        """The artefact's bytes, as `Prefix.to_bytes` made them.
+    async def get(self, task_id: str) -> Task:
+        """The task now.
 
         Raises:
-            UnknownVersionError: no task points at it any more.
+            UnknownTaskError: no task of this name.
+        """
+
+    async def list(self) -> list[Task]:
+        """Every task, by name."""
+
+    async def size(self, version: str) -> int:
+        """Bytes of the artefact.
+
+        Raises:
+            UnknownVersionError: no task keeps it any more.
+        """
+
+    async def read(self, version: str) -> bytearray:
+        """The artefact's bytes, one buffer filled as they come.
+
+        Raises:
+            UnknownVersionError: no task keeps it any more.
             CorruptArtefactError: the bytes do not hash to `version`.
         """
 
-    async def list(self) -> list[TaskRecord]:
-        """Every task, by name."""
-
-    async def delete(self, task_id: str) -> None:
-        """Forget the task, and its artefact unless another task points at it.
+    def stream(self, version: str, start: int, stop: int) -> AsyncGenerator[bytes]:
+        """The artefact's bytes from `start` to before `stop`, in pieces of at most some MB.
 
         Raises:
-            UnknownTaskError: no task of this name.
+            UnknownVersionError: no task keeps it any more.
+            CorruptArtefactError: bytes are missing; or, when all are asked for, they do not hash
+                to `version`: before the last piece then.
         """
+
+    async def changes(self, since: str | None) -> Changes:
+        """What changed after a position, or where the store is now if `since` is None."""
+
+    def subscribe(self) -> AbstractAsyncContextManager[Subscription]:
+        """Hear of changes as they happen."""
+
+    async def collect(self) -> int:
+        """Delete what interrupted uploads and dropped versions left behind; how many artefacts."""
 
     async def ping(self) -> None:
         """Return if the store answers."""

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
+from prefix_store.artefact import Artefact
 from prefix_store.cache import PrefixCache
 from prefix_store.errors import StoreUnavailableError, UnknownTaskError
 from prefix_store.prefix import Prefix
@@ -95,7 +96,7 @@ class TaskService:
             UnknownTaskError, StoreUnavailableError
         """
         async with self._counted():
-            return await self._store.get(check_task_id(task_id))
+            return (await self._store.get(check_task_id(task_id))).record
 
     async def read(self, task_id: str) -> tuple[TaskRecord, bytes]:
         """The task and its artefact's bytes.
@@ -104,8 +105,8 @@ class TaskService:
             UnknownTaskError, StoreUnavailableError
         """
         async with self._counted():
-            record = await self._store.get(check_task_id(task_id))
-            return record, await self._store.read(record.version)
+            record = (await self._store.get(check_task_id(task_id))).record
+            return record, bytes(await self._store.read(record.version))
 
     async def list(self) -> list[TaskRecord]:
         """Every task, by name.
@@ -114,7 +115,7 @@ class TaskService:
             StoreUnavailableError
         """
         async with self._counted():
-            return await self._store.list()
+            return [task.record for task in await self._store.list()]
 
     async def delete(self, task_id: str) -> None:
         """Forget the task; requests that run with its prefix finish.
@@ -135,7 +136,7 @@ class TaskService:
         check_task_id(task_id)
         try:
             async with self._counted(), asyncio.timeout(self._lookup_seconds):
-                record = await self._store.get(task_id)
+                record = (await self._store.get(task_id)).record
         except UnknownTaskError:
             self._remembered.pop(task_id, None)
             raise
@@ -166,7 +167,7 @@ class TaskService:
         await self._engine.load_prefix(version, prefix)
         return prefix
 
-    def _read_artefact(self, data: bytes) -> Prefix:
+    def _read_artefact(self, data: bytearray) -> Prefix:
         # Checked again: the store may be shared with servers that run another base model.
         prefix = Prefix.from_bytes(data)
         check_fits(prefix, self._engine.spec, self.max_prefix_length)
@@ -178,8 +179,9 @@ class TaskService:
         return prefix
 
     async def _put(self, task_id: str, prefix: Prefix) -> TaskRecord:
+        artefact = await asyncio.to_thread(Artefact.of, prefix)
         async with self._counted():
-            record = await self._store.put(task_id, prefix)
+            record = await self._store.put(task_id, artefact)
         self._remember(record)
         return record
 

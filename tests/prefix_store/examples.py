@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from prefix_store.artefact import Artefact
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.prefix import FORMAT, KEYS, METADATA_KEY, VALUES, Prefix
 
@@ -29,6 +30,11 @@ def a_prefix(seed: int = 0, **fields: Any) -> Prefix:
     keys = torch.randn(fields.pop("shape", SHAPE), generator=generator)
     values = torch.randn(keys.shape, generator=generator)
     return Prefix(**({"keys": keys, "values": values, "method": "test"} | fields))
+
+
+def an_artefact(seed: int = 0, **fields: Any) -> Artefact:
+    """`a_prefix` ready to be stored."""
+    return Artefact.of(a_prefix(seed, **fields))
 
 
 def artefact(

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from prefix_store.embedded import EmbeddedValkey
 from prefix_store.errors import StoreUnavailableError
 from prefix_store.redis_store import RedisPrefixStore
-from tests.prefix_store.examples import a_prefix
+from tests.prefix_store.examples import an_artefact
 
 
 async def pid_of(valkey: EmbeddedValkey) -> int:
@@ -37,7 +37,7 @@ async def kept_by(data_dir: Path) -> list[str]:
     """The tasks that a new server on `data_dir` has, each with its artefact."""
     async with EmbeddedValkey(data_dir) as valkey:
         store = RedisPrefixStore.from_url(valkey.url)
-        records = await store.list()
+        records = [task.record for task in await store.list()]
         for record in records:
             await store.read(record.version)
         await store.close()
@@ -48,7 +48,7 @@ async def test_a_restart_keeps_every_task(tmp_path: Path) -> None:
     async with EmbeddedValkey(tmp_path) as valkey:
         store = RedisPrefixStore.from_url(valkey.url)
         for seed, name in enumerate("abc"):
-            await store.put(name, a_prefix(seed))
+            await store.put(name, an_artefact(seed))
         await store.delete("b")
         await store.close()
 
@@ -59,7 +59,7 @@ async def test_a_kill_right_after_the_answer_keeps_the_task(tmp_path: Path) -> N
     async with EmbeddedValkey(tmp_path) as valkey:
         pid = await pid_of(valkey)
         store = RedisPrefixStore.from_url(valkey.url)
-        await store.put("one", a_prefix())
+        await store.put("one", an_artefact())
         os.kill(pid, signal.SIGKILL)
         await store.close()
 
@@ -91,7 +91,7 @@ async def test_takes_over_from_an_owner_that_was_killed(tmp_path: Path) -> None:
     assert owner.returncode == -signal.SIGKILL
     for url in urls:  # their servers run on
         store = RedisPrefixStore.from_url(url)
-        await store.put("one", a_prefix())
+        await store.put("one", an_artefact())
         await store.close()
 
     for data_dir in data_dirs:
@@ -114,7 +114,7 @@ async def test_any_path_will_do(tmp_path: Path, folder: str) -> None:
     data_dir = tmp_path / folder
     async with EmbeddedValkey(data_dir) as valkey:
         store = RedisPrefixStore.from_url(valkey.url)
-        await store.put("one", a_prefix())
+        await store.put("one", an_artefact())
         await store.close()
         socket = socket_of(valkey.url)
         assert mode_of(socket.parent.parent) == 0o700

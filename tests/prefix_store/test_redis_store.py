@@ -18,69 +18,76 @@ from prefix_store.errors import (
     UnknownVersionError,
 )
 from prefix_store.prefix import version_of
-from prefix_store.redis_store import RedisPrefixStore
-from tests.prefix_store.examples import LENGTH, a_prefix
+from prefix_store.redis_store import RedisPrefixStore, layout
+from prefix_store.store import Task
+from tests.prefix_store.examples import LENGTH, an_artefact
 
 
 async def test_a_task_is_what_was_put(store: RedisPrefixStore) -> None:
     before = time.time()
-    prefix = a_prefix(method="cartridge", base_model="org/Größe", template="«{source}»\n")
-    artefact = prefix.to_bytes()
+    artefact = an_artefact(method="cartridge", base_model="org/Größe", template="«{source}»\n")
 
-    record = await store.put("e2e", prefix)
+    record = await store.put("e2e", artefact)
 
-    assert (record.task_id, record.version) == ("e2e", version_of(artefact))
-    assert (record.prefix_length, record.nbytes) == (LENGTH, len(artefact))
+    assert (record.task_id, record.version) == ("e2e", version_of(artefact.data))
+    assert (record.prefix_length, record.nbytes) == (LENGTH, len(artefact.data))
     assert (record.method, record.base_model) == ("cartridge", "org/Größe")
     assert record.template == "«{source}»\n"
     assert before <= record.created_at <= time.time()
-    assert await store.get("e2e") == record
-    assert await store.read(record.version) == artefact
+    assert await store.get("e2e") == Task("e2e", record.version, (record,))
+    assert await store.read(record.version) == artefact.data
 
 
 async def test_lists_every_task_by_name(store: RedisPrefixStore) -> None:
     assert await store.list() == []
-    records = [await store.put(name, a_prefix(seed)) for seed, name in enumerate("cab")]
+    records = [await store.put(name, an_artefact(seed)) for seed, name in enumerate("cab")]
 
-    assert await store.list() == sorted(records, key=lambda record: record.task_id)
+    assert [task.record for task in await store.list()] == sorted(
+        records, key=lambda record: record.task_id
+    )
 
 
 async def test_equal_artefacts_are_kept_once_and_go_with_the_last_task(
     store: RedisPrefixStore, redis: Redis
 ) -> None:
-    one = await store.put("one", a_prefix())
-    two = await store.put("two", a_prefix())
+    one = await store.put("one", an_artefact())
+    two = await store.put("two", an_artefact())
     assert one.version == two.version
-    assert len(await redis.keys("*:artefact:*")) == 1
+    assert len(await chunks(redis)) == 1
 
     await store.delete("one")
-    assert await store.read(two.version) == a_prefix().to_bytes()
+    assert await store.read(two.version) == an_artefact().data
 
     await store.delete("two")
-    assert await redis.keys("*") == []
+    assert await chunks(redis) == []
+    assert await redis.keys("*") == [layout.REVISION.encode(), layout.CHANGES.encode()]
 
 
-async def test_a_replaced_artefact_goes_unless_another_task_points_at_it(
-    store: RedisPrefixStore,
+async def test_keeps_the_last_versions_and_those_other_tasks_keep(
+    valkey: EmbeddedValkey, redis: Redis
 ) -> None:
-    old = await store.put("one", a_prefix())
-    await store.put("two", a_prefix())
+    store = RedisPrefixStore.from_url(valkey.url, keep_versions=2)
+    versions = [(await store.put("one", an_artefact(seed))).version for seed in range(2)]
+    await store.put("two", an_artefact())
 
-    new = await store.put("one", a_prefix(seed=1))
-    assert await store.get("one") == new
-    assert await store.read(old.version) == a_prefix().to_bytes()
+    versions.append((await store.put("one", an_artefact(seed=2))).version)
+    task = await store.get("one")
+    assert [record.version for record in task.versions] == versions[:0:-1]
+    assert await store.read(versions[0]) == an_artefact().data
 
-    await store.put("two", a_prefix(seed=1))
-    with pytest.raises(UnknownVersionError, match=old.version):
-        await store.read(old.version)
+    await store.delete("two")
+    with pytest.raises(UnknownVersionError, match=versions[0]):
+        await store.read(versions[0])
+    assert len(await chunks(redis)) == 2
+    await store.close()
 
 
 async def test_putting_the_same_again_keeps_it(store: RedisPrefixStore) -> None:
-    await store.put("one", a_prefix())
-    record = await store.put("one", a_prefix())
+    await store.put("one", an_artefact())
+    record = await store.put("one", an_artefact())
 
-    assert await store.read(record.version) == a_prefix().to_bytes()
-    assert await store.list() == [record]
+    assert await store.read(record.version) == an_artefact().data
+    assert [task.record for task in await store.list()] == [record]
 
 
 async def test_unknown_names(store: RedisPrefixStore) -> None:
@@ -94,7 +101,7 @@ async def test_unknown_names(store: RedisPrefixStore) -> None:
 
 async def test_a_bad_name_stores_nothing(store: RedisPrefixStore, redis: Redis) -> None:
     with pytest.raises(InvalidTaskIdError):
-        await store.put("a/b", a_prefix())
+        await store.put("a/b", an_artefact())
 
     assert await redis.keys("*") == []
 
@@ -102,8 +109,8 @@ async def test_a_bad_name_stores_nothing(store: RedisPrefixStore, redis: Redis) 
 async def test_readers_see_a_task_before_or_after_never_between(
     store: RedisPrefixStore,
 ) -> None:
-    prefixes = [a_prefix(seed, template=f"{seed} {{source}}") for seed in range(2)]
-    templates = {version_of(prefix.to_bytes()): prefix.template for prefix in prefixes}
+    prefixes = [an_artefact(seed, template=f"{seed} {{source}}") for seed in range(2)]
+    templates = {one.version: one.prefix.template for one in prefixes}
     await store.put("busy", prefixes[0])
     seen = set()
 
@@ -113,7 +120,7 @@ async def test_readers_see_a_task_before_or_after_never_between(
 
     async def read() -> None:
         while not writing.done():
-            record = await store.get("busy")
+            record = (await store.get("busy")).record
             assert record.template == templates[record.version]
             seen.add(record.version)
 
@@ -125,20 +132,25 @@ async def test_readers_see_a_task_before_or_after_never_between(
 async def test_damage_is_noticed_and_mended_by_another_upload(
     store: RedisPrefixStore, redis: Redis
 ) -> None:
-    record = await store.put("one", a_prefix())
-    [key] = await redis.keys("*:artefact:*")
+    record = await store.put("one", an_artefact())
+    [key] = await chunks(redis)
     await redis.setrange(key, 500, b"!")
 
     with pytest.raises(CorruptArtefactError, match="upload the prefix again"):
         await store.read(record.version)
 
-    await store.put("one", a_prefix())
-    assert await store.read(record.version) == a_prefix().to_bytes()
+    await store.put("one", an_artefact())
+    assert await store.read(record.version) == an_artefact().data
+
+
+async def chunks(redis: Redis) -> list[bytes]:
+    """The keys that hold artefacts' bytes."""
+    return [key for key in await redis.keys("*") if key.startswith(b"prefixserve:{sha256:")]
 
 
 async def _fails_everywhere(store: RedisPrefixStore, says: str) -> None:
     for call in (
-        store.put("one", a_prefix()),
+        store.put("one", an_artefact()),
         store.get("one"),
         store.read("sha256:0"),
         store.list(),
@@ -153,14 +165,14 @@ async def test_a_store_that_was_killed_is_unavailable_until_it_is_back(tmp_path:
     async with EmbeddedValkey(tmp_path) as valkey:
         store = RedisPrefixStore.from_url(valkey.url, timeout=1)
         await store.ping()
-        record = await store.put("one", a_prefix())
+        record = await store.put("one", an_artefact())
 
         await valkey.stop()
         await _fails_everywhere(store, f"{tmp_path}/valkey.sock does not answer")
 
         await valkey.start()
         await store.ping()
-        assert await store.list() == [record]
+        assert [task.record for task in await store.list()] == [record]
         await store.close()
 
 
@@ -206,19 +218,21 @@ async def test_a_refused_password_is_not_shown(valkey: EmbeddedValkey) -> None:
 
 
 async def test_a_full_store_changes_nothing(store: RedisPrefixStore, redis: Redis) -> None:
-    record = await store.put("one", a_prefix())
+    record = await store.put("one", an_artefact())
     await redis.config_set("maxmemory", "1")
     try:
         with pytest.raises(StoreUnavailableError, match="maxmemory"):
-            await store.put("one", a_prefix(seed=1))
+            await store.put("one", an_artefact(seed=1))
     finally:
         await redis.config_set("maxmemory", "0")
 
-    assert await store.list() == [record]
-    assert await store.read(record.version) == a_prefix().to_bytes()
+    assert [task.record for task in await store.list()] == [record]
+    assert await store.read(record.version) == an_artefact().data
 
 
 async def test_more_callers_than_connections(store: RedisPrefixStore) -> None:
-    record = await store.put("one", a_prefix())
+    record = await store.put("one", an_artefact())
 
-    assert set(await asyncio.gather(*(store.get("one") for _ in range(200)))) == {record}
+    assert {
+        task.record for task in await asyncio.gather(*(store.get("one") for _ in range(200)))
+    } == {record}

@@ -1,0 +1,284 @@
+"""`PrefixStore` on a Redis or Valkey server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from typing import cast
+from urllib.parse import urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import PubSub
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import RedisError
+
+from prefix_store.artefact import Artefact
+from prefix_store.condition import ALWAYS, Condition
+from prefix_store.errors import PrefixStoreError, StoreUnavailableError
+from prefix_store.redis_store import layout
+from prefix_store.redis_store.blobs import Blobs, CondemnedError
+from prefix_store.redis_store.tasks import Tasks, unknown
+from prefix_store.store import Changes, Subscription
+from prefix_store.task import (
+    Task,
+    TaskRecord,
+    activated,
+    created,
+    divided,
+    rolled_back,
+    uploaded,
+    without,
+)
+from prefix_store.task_id import check_task_id
+
+KEEP_VERSIONS = 5
+UPLOAD_SECONDS = 900
+_MAX_CONNECTIONS = 32
+_RETRIES = 3
+
+
+class RedisPrefixStore:
+    """`PrefixStore` on a Redis or Valkey server. Use from one event loop; close it at the end."""
+
+    def __init__(
+        self,
+        client: Redis,
+        address: str,
+        *,
+        keep_versions: int = KEEP_VERSIONS,
+        upload_seconds: int = UPLOAD_SECONDS,
+        chunk_bytes: int = layout.CHUNK_BYTES,
+    ) -> None:
+        """
+        Args:
+            address: what errors call the server.
+            keep_versions: versions kept of each task, at least 1; those in use count.
+            upload_seconds: how long writing one artefact to the server may take.
+            chunk_bytes: size of the pieces that artefacts are stored in.
+        """
+        self._client = client
+        self._address = address
+        self._keep_versions = keep_versions
+        self._tasks = Tasks(client)
+        self._blobs = Blobs(client, upload_seconds, chunk_bytes)
+
+    @classmethod
+    def from_url(
+        cls, url: str, *, timeout: float = 5.0, keep_versions: int = KEEP_VERSIONS
+    ) -> RedisPrefixStore:
+        """A store at a `redis://`, `rediss://` or `unix://` URL; connects on first use.
+
+        Args:
+            timeout: most seconds to wait to connect, for each answer and for a free connection;
+                a failed call is retried three times within about a second.
+
+        Raises:
+            ValueError: not such a URL.
+        """
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=_MAX_CONNECTIONS,
+            timeout=timeout,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), _RETRIES),
+        )
+        return cls(Redis.from_pool(pool), _address(url), keep_versions=keep_versions)
+
+    async def put(
+        self,
+        task_id: str,
+        artefact: Artefact,
+        *,
+        activate: bool = True,
+        condition: Condition = ALWAYS,
+    ) -> TaskRecord:
+        """See `PrefixStore.put`."""
+        record = _record(check_task_id(task_id), artefact)
+
+        def step(task: Task | None) -> Task:
+            condition.check(task_id, None if task is None else task.version)
+            if task is not None:
+                return uploaded(task, record, activate=activate, keep=self._keep_versions)
+            if not activate:
+                raise unknown(task_id)
+            return created(record)
+
+        async with self._reaching():
+            step((await self._tasks.snapshot(task_id)).task)  # before any byte is written
+            await self._publish(task_id, artefact, step)
+        return record
+
+    async def activate(self, task_id: str, version: str, condition: Condition = ALWAYS) -> Task:
+        """See `PrefixStore.activate`."""
+        return await self._change(task_id, lambda task: activated(task, version), condition)
+
+    async def rollback(self, task_id: str, condition: Condition = ALWAYS) -> Task:
+        """See `PrefixStore.rollback`."""
+        return await self._change(task_id, rolled_back, condition)
+
+    async def split(
+        self, task_id: str, shares: Mapping[str, int], condition: Condition = ALWAYS
+    ) -> Task:
+        """See `PrefixStore.split`."""
+        return await self._change(task_id, lambda task: divided(task, shares), condition)
+
+    async def delete_version(
+        self, task_id: str, version: str, condition: Condition = ALWAYS
+    ) -> Task:
+        """See `PrefixStore.delete_version`."""
+        return await self._change(task_id, lambda task: without(task, version), condition)
+
+    async def delete(self, task_id: str, condition: Condition = ALWAYS) -> None:
+        """See `PrefixStore.delete`."""
+
+        def step(task: Task | None) -> None:
+            _check_exists(task_id, task, condition)
+
+        async with self._reaching():
+            await self._tasks.change(task_id, step)
+            await self._tidy()
+
+    async def get(self, task_id: str) -> Task:
+        """See `PrefixStore.get`."""
+        async with self._reaching():
+            return await self._tasks.get(task_id)
+
+    async def list(self) -> list[Task]:
+        """See `PrefixStore.list`."""
+        async with self._reaching():
+            return await self._tasks.list()
+
+    async def size(self, version: str) -> int:
+        """See `PrefixStore.size`."""
+        async with self._reaching():
+            return (await self._blobs.stored(version)).nbytes
+
+    async def read(self, version: str) -> bytearray:
+        """See `PrefixStore.read`."""
+        async with self._reaching():
+            return await self._blobs.read(version)
+
+    async def stream(self, version: str, start: int, stop: int) -> AsyncGenerator[bytes]:
+        """See `PrefixStore.stream`."""
+        async with self._reaching(), aclosing(self._blobs.stream(version, start, stop)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def changes(self, since: str | None) -> Changes:
+        """See `PrefixStore.changes`."""
+        async with self._reaching():
+            return await self._tasks.changes(since)
+
+    @asynccontextmanager
+    async def subscribe(self) -> AsyncIterator[Subscription]:
+        """See `PrefixStore.subscribe`."""
+        async with self._client.pubsub() as pubsub:
+            async with self._reaching():
+                await pubsub.subscribe(layout.CHANGED)
+            yield _Subscription(pubsub, self._reaching)
+
+    async def collect(self) -> int:
+        """See `PrefixStore.collect`."""
+        async with self._reaching():
+            return await self._blobs.collect()
+
+    async def ping(self) -> None:
+        """See `PrefixStore.ping`."""
+        async with self._reaching():
+            await self._client.ping()
+
+    async def close(self) -> None:
+        """See `PrefixStore.close`."""
+        await self._client.aclose()
+
+    async def _publish(
+        self, task_id: str, artefact: Artefact, step: Callable[[Task | None], Task]
+    ) -> None:
+        """Write the bytes, then change the task to have them; again if that took too long."""
+        while True:
+            blob = await self._blobs.reserve(artefact.version, len(artefact.data))
+            try:
+                for index in range(len(blob.keys)):
+                    await self._blobs.write(blob, index, artefact.data)
+                await self._blobs.seal(blob)
+                await self._tasks.change(task_id, step, blob)
+            except CondemnedError:
+                continue
+            except PrefixStoreError:
+                await self._blobs.abandon(blob)
+                await self._tidy()
+                raise
+            await self._tidy()
+            return
+
+    async def _change(
+        self, task_id: str, change: Callable[[Task], Task], condition: Condition
+    ) -> Task:
+        def step(task: Task | None) -> Task:
+            return change(_check_exists(task_id, task, condition))
+
+        async with self._reaching():
+            task = await self._tasks.change(task_id, step)
+            await self._tidy()
+        return cast("Task", task)
+
+    async def _tidy(self) -> None:
+        """Delete what a change left over; where that fails it stays for `collect`."""
+        with suppress(RedisError, OSError):
+            await self._blobs.collect()
+
+    @asynccontextmanager
+    async def _reaching(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except (RedisError, OSError) as error:
+            raise StoreUnavailableError(
+                f"the prefix store at {self._address} does not answer: {error}"
+            ) from error
+
+
+class _Subscription:
+    """See `Subscription`."""
+
+    def __init__(
+        self, pubsub: PubSub, reaching: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> None:
+        self._pubsub = pubsub
+        self._reaching = reaching
+
+    async def wait(self, seconds: float) -> None:
+        """See `Subscription.wait`."""
+        async with self._reaching():
+            await self._pubsub.get_message(ignore_subscribe_messages=True, timeout=seconds)
+
+
+def _check_exists(task_id: str, task: Task | None, condition: Condition) -> Task:
+    condition.check(task_id, None if task is None else task.version)
+    if task is None:
+        raise unknown(task_id)
+    return task
+
+
+def _record(task_id: str, artefact: Artefact) -> TaskRecord:
+    prefix = artefact.prefix
+    return TaskRecord(
+        task_id=task_id,
+        version=artefact.version,
+        prefix_length=prefix.prefix_length,
+        nbytes=len(artefact.data),
+        method=prefix.method,
+        base_model=prefix.base_model,
+        template=prefix.template,
+        created_at=time.time(),
+    )
+
+
+def _address(url: str) -> str:
+    """The URL's host or socket without its user, password and query."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return parts.path
+    return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
