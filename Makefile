@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup lock serve test lint clean
+.PHONY: setup lock serve test lint peers clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What benchmarks compare with, in .peers/. About ten minutes.
+peers: setup
+	benchmarks/peers/setup.sh
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""This engine beside other ones on the same prompts: `python -m benchmarks.peers`."""
