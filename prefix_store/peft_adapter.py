@@ -14,7 +14,7 @@ import torch
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.errors import IncompatiblePrefixError, InvalidPrefixError
 from prefix_store.prefix import Prefix, check_tensor
-from prefix_store.tensor_file import read_tensor_file
+from prefix_store.tensor_file import Buffer, read_tensor_file
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -23,7 +23,7 @@ MAX_CONFIG_BYTES = 64 * 1024
 _METHODS = {"PREFIX_TUNING": "prefix-tuning", "CARTRIDGE": "cartridge"}
 
 
-def from_peft(config_json: bytes, weights: bytes, spec: BaseModelSpec) -> Prefix:
+def from_peft(config_json: bytes, weights: Buffer, spec: BaseModelSpec) -> Prefix:
     """The prefix in a PEFT adapter of type PREFIX_TUNING or CARTRIDGE.
 
     Args:

@@ -8,13 +8,13 @@ from prefix_store.base_model import BaseModelSpec
 from prefix_store.errors import InvalidPrefixError
 from prefix_store.peft_adapter import CONFIG_NAME, TENSOR, WEIGHTS_NAME, from_peft
 from prefix_store.prefix import Prefix
-from prefix_store.tensor_file import check_tensor_file, is_tensor_file, tensor_names
+from prefix_store.tensor_file import Buffer, check_tensor_file, is_tensor_file, tensor_names
 
 _PEFT_PAIR = f"both {CONFIG_NAME} and {WEIGHTS_NAME} of a PEFT adapter"
 _ACCEPTED = f"one prefix artefact, or {_PEFT_PAIR}"
 
 
-def read_upload(files: Sequence[tuple[str, bytes]], spec: BaseModelSpec) -> Prefix:
+def read_upload(files: Sequence[tuple[str, Buffer]], spec: BaseModelSpec) -> Prefix:
     """The prefix in one artefact of ours, or in the two files of a PEFT adapter in any order.
 
     Args:
@@ -33,7 +33,7 @@ def read_upload(files: Sequence[tuple[str, bytes]], spec: BaseModelSpec) -> Pref
         case [], [(_, data)] if TENSOR not in tensor_names(data):
             return Prefix.from_bytes(data)
         case [config], [(_, data)]:
-            return from_peft(config, data, spec)
+            return from_peft(bytes(config), data, spec)
         case [], [(name, _)]:
             raise InvalidPrefixError(f"{name!r} is one half of a PEFT adapter; upload {_PEFT_PAIR}")
         case [_], []:
@@ -44,5 +44,5 @@ def read_upload(files: Sequence[tuple[str, bytes]], spec: BaseModelSpec) -> Pref
     raise InvalidPrefixError(f"found {names}; expected {_ACCEPTED}")
 
 
-def _is_json(data: bytes) -> bool:
+def _is_json(data: Buffer) -> bool:
     return not is_tensor_file(data) and data[:64].lstrip().startswith(b"{")

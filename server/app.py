@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from server.api import admin, generate, health
+from server.api import admin, generate, health, versions
 from server.api.errors import install_error_handlers
 from server.api.limits import BodyLimit
 from server.services import VERSION, Services
@@ -29,6 +29,6 @@ def create_app(services: Services) -> FastAPI:
         max_upload_bytes=settings.max_upload_bytes,
     )
     install_error_handlers(app)
-    for router in (generate.router, admin.router, health.router):
+    for router in (generate.router, admin.router, versions.router, health.router):
         app.include_router(router)
     return app

@@ -9,9 +9,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
-from prefix_store.errors import UnknownVersionError
+from prefix_store.errors import CorruptArtefactError, UnknownVersionError
 from prefix_store.prefix import SOURCE
-from prefix_store.store import TaskRecord
+from prefix_store.task import TaskRecord
 from server.detokenizer import Detokenizer
 from server.engine.protocol import (
     Engine,
@@ -25,7 +25,7 @@ from server.engine.protocol import (
     TokenStream,
 )
 from server.errors import DrainingError, InvalidRequestError
-from server.metrics import Metrics
+from server.metrics import Metrics, SplitSequence
 from server.tasks import TaskService
 from server.tokenization import TextTokenizer
 
@@ -41,6 +41,7 @@ class GenerationJob:
     Attributes:
         task_id: whose prefix to use; None for the bare base model.
         sampling: its `max_new_tokens` and `seed` are replaced by the two below.
+        user: who asks; gets the same version of a split task each time.
         max_new_tokens: None for up to `DEFAULT_NEW_TOKENS`, fewer where fewer fit.
         seed: None for a random one for each input.
         stop: strings that end the text.
@@ -50,6 +51,7 @@ class GenerationJob:
     inputs: tuple[str, ...]
     task_id: str | None
     sampling: SamplingParams
+    user: str | None = None
     max_new_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -172,7 +174,7 @@ class Generator:
     async def _start(self, job: GenerationJob, stack: AsyncExitStack) -> list[Generation]:
         """Submit every input; what must be undone at the end goes on `stack`."""
         started = time.perf_counter()
-        record = await self._lease(job.task_id, stack)
+        record, split = await self._lease(job, stack)
         requests = [
             await self._request(job, position, record) for position in range(len(job.inputs))
         ]
@@ -182,21 +184,30 @@ class Generator:
             stream = self._engine.submit(request)
             stack.push_async_callback(stream.aclose)
             clock = _Clock(self._metrics, label, started, len(request.prompt_ids))
+            if record is not None and split:
+                clock.compare(self._metrics.splits.started(label, record.version))
             text = _TextAssembler(self._tokenizer, job.stop)
             generations.append(Generation(_usage(request, record), stream, text, clock))
         return generations
 
-    async def _lease(self, task_id: str | None, stack: AsyncExitStack) -> TaskRecord | None:
-        """The task's record with its prefix ready for as long as `stack` is open."""
-        if task_id is None:
-            return None
-        record = await self._tasks.resolve(task_id)
-        try:
-            await stack.enter_async_context(self._tasks.lease(record.version))
-        except UnknownVersionError:  # replaced since it was resolved
-            record = await self._tasks.resolve(task_id)
-            await stack.enter_async_context(self._tasks.lease(record.version))
-        return record
+    async def _lease(
+        self, job: GenerationJob, stack: AsyncExitStack
+    ) -> tuple[TaskRecord | None, bool]:
+        """The task at the version to use, ready for as long as `stack` is open; is it split?"""
+        if job.task_id is None:
+            return None, False
+        for anew in (False, True):  # its version may have been dropped since it was looked up
+            task = await self._tasks.resolve(job.task_id, anew=anew)
+            record = task.chosen(job.user)
+            try:
+                await stack.enter_async_context(self._tasks.lease(record.version))
+            except UnknownVersionError:
+                continue
+            return record, bool(task.split)
+        raise CorruptArtefactError(
+            f"task {job.task_id!r} is at version {record.version}, which the store does not have; "
+            "upload the prefix again"
+        )
 
     async def _request(
         self, job: GenerationJob, position: int, record: TaskRecord | None
@@ -282,7 +293,12 @@ class _Clock:
         self._started = started
         self._last: float | None = None
         self._generated = metrics.generated_tokens.labels(label)
+        self._compared: SplitSequence | None = None
         metrics.prompt_tokens.labels(label).inc(prompt_tokens)
+
+    def compare(self, sequence: SplitSequence) -> None:
+        """Count it for its version of a split task, too."""
+        self._compared = sequence
 
     def token(self, event: TokenEvent) -> None:
         now = time.perf_counter()
@@ -294,6 +310,11 @@ class _Clock:
             self._metrics.itl_seconds.observe(now - self._last)
         self._last = now
         self._generated.inc()
+        if self._compared is not None:
+            self._compared.tokens.inc()
 
     def finished(self) -> None:
-        self._metrics.e2e_seconds.observe(time.perf_counter() - self._started)
+        seconds = time.perf_counter() - self._started
+        self._metrics.e2e_seconds.observe(seconds)
+        if self._compared is not None:
+            self._compared.seconds.observe(seconds)

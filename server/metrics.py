@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import (
     CollectorRegistry,
@@ -106,6 +107,42 @@ class PrefixCacheMetrics:
         self._prefixes.set(prefixes)
 
 
+class SplitMetrics:
+    """What compares the versions of tasks whose requests are split; bounded as `TaskLabels` is."""
+
+    def __init__(self, collectors: Collectors, max_versions: int) -> None:
+        self._max_versions = max_versions
+        self._named: set[tuple[str, str]] = set()
+        labels = ("task", "version")
+        self._requests = collectors.counter(
+            "split_requests", "Sequences started for a split task", *labels
+        )
+        self._tokens = collectors.counter(
+            "split_generated_tokens", "Tokens generated for a split task", *labels
+        )
+        self._seconds = collectors.histogram(
+            "split_request_seconds", "As request_seconds, for a split task", LATENCY, *labels
+        )
+
+    def started(self, task_id: str, version: str) -> SplitSequence:
+        """Count a sequence, and get what counts the rest of it."""
+        labels = (task_id, version)
+        if len(self._named) < self._max_versions:
+            self._named.add(labels)
+        if labels not in self._named:
+            labels = (OTHER_LABEL, OTHER_LABEL)
+        self._requests.labels(*labels).inc()
+        return SplitSequence(self._tokens.labels(*labels), self._seconds.labels(*labels))
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSequence:
+    """Where one sequence of a split task is counted."""
+
+    tokens: Counter
+    seconds: Histogram
+
+
 class Metrics:
     """Everything that is measured. `observe_step` is a `StepObserver`, `prefix_cache` a
     `CacheObserver`."""
@@ -124,6 +161,10 @@ class Metrics:
         )
         self.prompt_tokens = make.counter("prompt_tokens", "Tokens of prompts", "task")
         self.generated_tokens = make.counter("generated_tokens", "Tokens generated", "task")
+        self.splits = SplitMetrics(make, max_tasks)
+        self.store_connected = make.gauge(
+            "store_connected", "1 while the prefix store answers, 0 while it is away"
+        )
         self.store_errors = make.counter("store_errors", "Calls the prefix store did not answer")
         self.queue_seconds = make.histogram("queue_seconds", "Wait for a slot", LATENCY)
         self.ttft_seconds = make.histogram(

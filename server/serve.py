@@ -166,7 +166,7 @@ def _address(listener: socket.socket) -> str:
 async def _announce(services: Services, address: str) -> None:
     """Tell the operator where the server is and a request that works."""
     body: dict[str, str] = {"inputs": "The capital of France is"}
-    known = {record.task_id for record in await services.tasks.list()}
+    known = {task.task_id for task in await services.tasks.list()}
     for demo in DEMO_TASKS:
         if demo.task_id in known:
             body = {"task_id": demo.task_id, "inputs": demo.example}

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from prefix_store.directory import TaskDirectory
 from prefix_store.embedded import EmbeddedValkey
 from prefix_store.errors import IncompatiblePrefixError
 from prefix_store.model_loading import LoadedModel
@@ -65,13 +66,20 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
         engine = NativeEngine(loaded, config, metrics.observe_step)
         stack.push_async_callback(engine.close)
         metrics.watch_engine(engine.stats)
+        directory = TaskDirectory(
+            store,
+            lookup_seconds=settings.store_timeout_seconds,
+            on_connected=metrics.store_connected.set,
+        )
+        stack.push_async_callback(directory.close)
+        await directory.start()
         tasks = TaskService(
             store,
+            directory,
             engine,
             tokenizer,
             metrics,
             cache_bytes=settings.prefix_cache_bytes,
-            lookup_seconds=settings.store_timeout_seconds,
         )
         stack.push_async_callback(tasks.close)
         services = Services(
@@ -102,7 +110,9 @@ async def _open_store(settings: Settings, stack: AsyncExitStack) -> RedisPrefixS
         valkey = EmbeddedValkey(settings.data_dir / "store")
         url = (await stack.enter_async_context(valkey)).url
     try:
-        store = RedisPrefixStore.from_url(url, timeout=settings.store_timeout_seconds)
+        store = RedisPrefixStore.from_url(
+            url, timeout=settings.store_timeout_seconds, keep_versions=settings.keep_versions
+        )
     except ValueError as error:
         raise StartupError(f"--redis-url is not an address of a store: {error}") from error
     stack.push_async_callback(store.close)

@@ -89,6 +89,9 @@ class Settings(BaseSettings):
     prefix_cache_bytes: ByteSize = Field(default="1GiB", validate_default=True, ge=1)
     """Memory for prefixes kept beside the model; the least recently used go first."""
 
+    keep_versions: int = Field(default=5, ge=1, le=1000)
+    """Versions kept of each task to roll back to, the active one included."""
+
     max_upload_bytes: ByteSize = Field(default="256MiB", validate_default=True, ge=1024)
     """Largest prefix upload."""
 

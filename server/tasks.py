@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from prefix_store.artefact import Artefact
 from prefix_store.cache import PrefixCache
-from prefix_store.errors import StoreUnavailableError, UnknownTaskError
-from prefix_store.prefix import Prefix
-from prefix_store.store import PrefixStore, TaskRecord
+from prefix_store.condition import ALWAYS, Condition
+from prefix_store.directory import TaskDirectory
+from prefix_store.errors import StoreUnavailableError
+from prefix_store.prefix import Prefix, version_of
+from prefix_store.store import PrefixStore
+from prefix_store.task import Task, TaskRecord
 from prefix_store.task_id import check_task_id
+from prefix_store.tensor_file import Buffer
 from prefix_store.upload import read_upload
 from prefix_store.validate import check_fits
 from server.engine.protocol import Engine
@@ -21,61 +24,71 @@ from server.errors import InvalidRequestError
 from server.metrics import Metrics
 from server.tokenization import TextTokenizer
 
-_MAX_REMEMBERED = 10_000
 # A request needs a token of prompt and a token to generate beside its prefix.
 _ROOM_FOR_TEXT = 2
 
 
 class TaskService:
-    """What the routes ask about tasks.
-
-    Remembers what each task pointed at when last looked up, so that tasks whose prefix is loaded
-    go on while the store is away.
-    """
+    """What the routes ask about tasks."""
 
     def __init__(
         self,
         store: PrefixStore,
+        directory: TaskDirectory,
         engine: Engine,
         tokenizer: TextTokenizer,
         metrics: Metrics,
         *,
         cache_bytes: int,
-        lookup_seconds: float,
     ) -> None:
         """
         Args:
+            directory: follows `store`.
             cache_bytes: budget for loaded prefixes.
-            lookup_seconds: most seconds that a request's look-up of its task may take.
         """
         self._store = store
+        self._directory = directory
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
-        self._lookup_seconds = lookup_seconds
-        self._remembered: OrderedDict[str, TaskRecord] = OrderedDict()
         self._cache = PrefixCache(self._load, engine.drop_prefix, cache_bytes, metrics.prefix_cache)
+
+    @property
+    def store_connected(self) -> bool:
+        """False while the store is away: known tasks go on, and nothing can be changed."""
+        return self._directory.connected
 
     @property
     def max_prefix_length(self) -> int:
         """Longest prefix that leaves room for text."""
         return self._engine.max_length - _ROOM_FOR_TEXT
 
-    async def upload(self, task_id: str, files: Sequence[tuple[str, bytes]]) -> TaskRecord:
-        """Store an uploaded prefix: file names and contents.
+    async def upload(
+        self,
+        task_id: str,
+        files: Sequence[tuple[str, Buffer]],
+        *,
+        activate: bool = True,
+        condition: Condition = ALWAYS,
+    ) -> TaskRecord:
+        """Store an uploaded prefix: file names and contents. See `PrefixStore.put` for the rest.
 
         Raises:
-            InvalidTaskIdError, InvalidPrefixError, StoreUnavailableError: nothing is stored then.
+            InvalidTaskIdError, InvalidPrefixError, UnknownTaskError, PreconditionFailedError,
+            StoreUnavailableError: nothing is stored then.
         """
         check_task_id(task_id)
-        return await self._put(task_id, await asyncio.to_thread(self._read_upload, files))
+        artefact = await asyncio.to_thread(self._read_upload, files)
+        return await self._put(task_id, artefact, activate, condition)
 
-    async def upload_text(self, task_id: str, text: str) -> TaskRecord:
+    async def upload_text(
+        self, task_id: str, text: str, *, activate: bool = True, condition: Condition = ALWAYS
+    ) -> TaskRecord:
         """Run a text through the model and store what it leaves behind as a prefix.
 
         Raises:
-            InvalidTaskIdError, InvalidRequestError, QueueFullError, StoreUnavailableError: nothing
-            is stored then.
+            InvalidTaskIdError, InvalidRequestError, QueueFullError, UnknownTaskError,
+            PreconditionFailedError, StoreUnavailableError: nothing is stored then.
         """
         check_task_id(task_id)
         token_ids = await self._tokenizer.encode(text)
@@ -87,66 +100,73 @@ class TaskService:
         prefix = await self._engine.compute_prefix(token_ids)
         self._metrics.prefix_cache.computed(time.perf_counter() - started)
         await asyncio.to_thread(check_fits, prefix, self._engine.spec, self.max_prefix_length)
-        return await self._put(task_id, prefix)
+        artefact = await asyncio.to_thread(Artefact.of, prefix)
+        return await self._put(task_id, artefact, activate, condition)
 
-    async def get(self, task_id: str) -> TaskRecord:
-        """What the task points at now.
-
-        Raises:
-            UnknownTaskError, StoreUnavailableError
-        """
-        async with self._counted():
-            return (await self._store.get(check_task_id(task_id))).record
-
-    async def read(self, task_id: str) -> tuple[TaskRecord, bytes]:
-        """The task and its artefact's bytes.
+    async def get(self, task_id: str) -> Task:
+        """The task now.
 
         Raises:
             UnknownTaskError, StoreUnavailableError
         """
         async with self._counted():
-            record = (await self._store.get(check_task_id(task_id))).record
-            return record, bytes(await self._store.read(record.version))
+            return await self._store.get(check_task_id(task_id))
 
-    async def list(self) -> list[TaskRecord]:
+    def read(self, version: str, start: int, stop: int) -> AsyncGenerator[bytes]:
+        """See `PrefixStore.stream`."""
+        return self._store.stream(version, start, stop)
+
+    async def list(self) -> list[Task]:
         """Every task, by name.
 
         Raises:
             StoreUnavailableError
         """
         async with self._counted():
-            return [task.record for task in await self._store.list()]
+            return await self._store.list()
 
-    async def delete(self, task_id: str) -> None:
-        """Forget the task; requests that run with its prefix finish.
+    async def activate(self, task_id: str, version: str, condition: Condition = ALWAYS) -> Task:
+        """See `PrefixStore.activate`."""
+        async with self._changing(task_id):
+            return await self._store.activate(task_id, version, condition)
+
+    async def rollback(self, task_id: str, condition: Condition = ALWAYS) -> Task:
+        """See `PrefixStore.rollback`."""
+        async with self._changing(task_id):
+            return await self._store.rollback(task_id, condition)
+
+    async def split(
+        self, task_id: str, shares: Mapping[str, int], condition: Condition = ALWAYS
+    ) -> Task:
+        """See `PrefixStore.split`."""
+        async with self._changing(task_id):
+            return await self._store.split(task_id, shares, condition)
+
+    async def delete_version(
+        self, task_id: str, version: str, condition: Condition = ALWAYS
+    ) -> Task:
+        """See `PrefixStore.delete_version`; requests that run with it finish."""
+        async with self._changing(task_id):
+            return await self._store.delete_version(task_id, version, condition)
+
+    async def delete(self, task_id: str, condition: Condition = ALWAYS) -> None:
+        """See `PrefixStore.delete`; requests that run with its prefixes finish."""
+        async with self._changing(task_id):
+            await self._store.delete(task_id, condition)
+
+    async def resolve(self, task_id: str, *, anew: bool = False) -> Task:
+        """The task for a new request; as last known while the store is away.
+
+        Args:
+            anew: the store no longer has what was last known.
 
         Raises:
             UnknownTaskError, StoreUnavailableError
         """
+        if anew:
+            self._directory.forget(task_id)
         async with self._counted():
-            await self._store.delete(check_task_id(task_id))
-        self._remembered.pop(task_id, None)
-
-    async def resolve(self, task_id: str) -> TaskRecord:
-        """What a new request of this task runs with; as last known while the store is away.
-
-        Raises:
-            UnknownTaskError, StoreUnavailableError
-        """
-        check_task_id(task_id)
-        try:
-            async with self._counted(), asyncio.timeout(self._lookup_seconds):
-                record = (await self._store.get(task_id)).record
-        except UnknownTaskError:
-            self._remembered.pop(task_id, None)
-            raise
-        except (StoreUnavailableError, TimeoutError) as error:
-            remembered = self._remembered.get(task_id)
-            if remembered is not None:
-                return remembered
-            raise StoreUnavailableError(str(error) or "the prefix store does not answer") from error
-        self._remember(record)
-        return record
+            return await self._directory.get(check_task_id(task_id))
 
     def lease(self, version: str) -> AbstractAsyncContextManager[Prefix]:
         """Keep a prefix where the engine can use it; loaded first if need be.
@@ -173,28 +193,34 @@ class TaskService:
         check_fits(prefix, self._engine.spec, self.max_prefix_length)
         return prefix
 
-    def _read_upload(self, files: Sequence[tuple[str, bytes]]) -> Prefix:
+    def _read_upload(self, files: Sequence[tuple[str, Buffer]]) -> Artefact:
         prefix = read_upload(files, self._engine.spec)
         check_fits(prefix, self._engine.spec, self.max_prefix_length)
-        return prefix
+        if len(files) > 1:
+            return Artefact.of(prefix)
+        data = files[0][1]  # an artefact of ours already, stored as it came
+        return Artefact(prefix, data, version_of(data))
 
-    async def _put(self, task_id: str, prefix: Prefix) -> TaskRecord:
-        artefact = await asyncio.to_thread(Artefact.of, prefix)
+    async def _put(
+        self, task_id: str, artefact: Artefact, activate: bool, condition: Condition
+    ) -> TaskRecord:
+        async with self._changing(task_id):
+            return await self._store.put(task_id, artefact, activate=activate, condition=condition)
+
+    @asynccontextmanager
+    async def _changing(self, task_id: str) -> AsyncIterator[None]:
+        """See to it that this server serves the change from now on."""
+        check_task_id(task_id)
         async with self._counted():
-            record = await self._store.put(task_id, artefact)
-        self._remember(record)
-        return record
-
-    def _remember(self, record: TaskRecord) -> None:
-        self._remembered[record.task_id] = record
-        self._remembered.move_to_end(record.task_id)
-        if len(self._remembered) > _MAX_REMEMBERED:
-            self._remembered.popitem(last=False)
+            try:
+                yield
+            finally:
+                self._directory.forget(task_id)
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
         try:
             yield
-        except (StoreUnavailableError, TimeoutError):
+        except StoreUnavailableError:
             self._metrics.store_errors.inc()
             raise

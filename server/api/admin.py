@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from mmap import ACCESS_COPY, mmap
 from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Path, Request, Response
+from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
+from prefix_store.condition import Condition
 from prefix_store.errors import PrefixTooLargeError
-from prefix_store.store import TaskRecord
+from prefix_store.task import Task, TaskRecord
 from prefix_store.task_id import MAX_TASK_ID_CHARS
+from prefix_store.tensor_file import Buffer
+from server.api import downloads
+from server.api.conditions import ConditionDep, etag
 from server.api.dependencies import ServicesDep
 from server.api.schemas import ErrorResponse, TaskResponse, TextUpload
 from server.errors import InvalidRequestError
+from server.services import Services
 
 _MOST_FILES = 2  # a PEFT adapter's
 _FIELD = "file"
@@ -31,6 +37,11 @@ TaskId = Annotated[
         examples=["e2e"],
     ),
 ]
+Activate = Annotated[
+    bool,
+    Query(description="false keeps the new version without using it yet; the task must exist."),
+]
+Version = Annotated[str | None, Query(description="Another than the active version.")]
 _ERROR: dict[str, Any] = {"model": ErrorResponse}
 _UPLOAD_BODY: dict[str, Any] = {
     "required": True,
@@ -61,21 +72,41 @@ _UPLOAD_BODY: dict[str, Any] = {
     "/{task_id}",
     status_code=201,
     openapi_extra={"requestBody": _UPLOAD_BODY},
-    responses=dict.fromkeys((413, 415, 422, 429, 503), _ERROR),
+    responses=dict.fromkeys((404, 412, 413, 415, 422, 429, 503), _ERROR),
 )
-async def upload(task_id: TaskId, request: Request, services: ServicesDep) -> TaskResponse:
+async def upload(
+    task_id: TaskId,
+    request: Request,
+    response: Response,
+    services: ServicesDep,
+    *,
+    condition: ConditionDep,
+    activate: Activate = True,
+) -> TaskResponse:
     """Give a task its prefix: a new one, or another from now on.
 
     Requests that run finish with the prefix they started with. On an error nothing is stored.
     """
+    record = await _stored(task_id, request, services, condition, activate)
+    response.headers["ETag"] = etag(record.version)
+    return task_answer(record)
+
+
+async def _stored(
+    task_id: str, request: Request, services: Services, condition: Condition, activate: bool
+) -> TaskRecord:
     match request.headers.get("content-type", "").partition(";")[0].strip().lower():
         case "multipart/form-data":
             async with request.form(max_files=_MOST_FILES, max_fields=_MOST_FILES) as form:
                 files = await _files(form, services.settings.max_upload_bytes)
-            return _answer(await services.tasks.upload(task_id, files))
+                return await services.tasks.upload(
+                    task_id, files, activate=activate, condition=condition
+                )
         case "application/json":
             text = _text(await request.body())
-            return _answer(await services.tasks.upload_text(task_id, text))
+            return await services.tasks.upload_text(
+                task_id, text, activate=activate, condition=condition
+            )
         case other:
             raise HTTPException(
                 415, f"Content-Type is {other[:80]!r}; expected {_MULTIPART} or {_JSON}"
@@ -85,13 +116,15 @@ async def upload(task_id: TaskId, request: Request, services: ServicesDep) -> Ta
 @router.get("", responses={503: _ERROR})
 async def list_tasks(services: ServicesDep) -> list[TaskResponse]:
     """Every task, by name."""
-    return [_answer(record) for record in await services.tasks.list()]
+    return [task_answer(task.record, task) for task in await services.tasks.list()]
 
 
 @router.get("/{task_id}", responses=dict.fromkeys((404, 422, 503), _ERROR))
-async def get_task(task_id: TaskId, services: ServicesDep) -> TaskResponse:
-    """One task."""
-    return _answer(await services.tasks.get(task_id))
+async def get_task(task_id: TaskId, response: Response, services: ServicesDep) -> TaskResponse:
+    """One task; the ETag is its active version."""
+    task = await services.tasks.get(task_id)
+    response.headers["ETag"] = etag(task.version)
+    return task_answer(task.record, task)
 
 
 @router.get(
@@ -104,25 +137,28 @@ async def get_task(task_id: TaskId, services: ServicesDep) -> TaskResponse:
                 "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}
             },
         },
+        206: {"description": "The part of it that a Range header asks for."},
+        304: {"description": "If-None-Match names the version: the client has it."},
+        416: {"description": "No byte of the asked range exists."},
         **dict.fromkeys((404, 422, 503), _ERROR),
     },
 )
-async def download(task_id: TaskId, services: ServicesDep) -> Response:
-    """The task's prefix as one safetensors file."""
-    record, data = await services.tasks.read(task_id)
-    name = f'attachment; filename="{record.task_id}.safetensors"'
-    headers = {"Content-Disposition": name, "ETag": f'"{record.version}"'}
-    return Response(data, media_type="application/octet-stream", headers=headers)
+async def download(
+    task_id: TaskId, request: Request, services: ServicesDep, version: Version = None
+) -> Response:
+    """The task's prefix as one safetensors file, as it comes from the store."""
+    task = await services.tasks.get(task_id)
+    return await downloads.download(services, request, task.at(version or task.version))
 
 
-@router.delete("/{task_id}", status_code=204, responses=dict.fromkeys((404, 422, 503), _ERROR))
-async def delete(task_id: TaskId, services: ServicesDep) -> None:
-    """Forget a task and its prefix. Requests that run with it finish."""
-    await services.tasks.delete(task_id)
+@router.delete("/{task_id}", status_code=204, responses=dict.fromkeys((404, 412, 422, 503), _ERROR))
+async def delete(task_id: TaskId, services: ServicesDep, condition: ConditionDep) -> None:
+    """Forget a task and its prefixes. Requests that run with them finish."""
+    await services.tasks.delete(task_id, condition)
 
 
-async def _files(form: FormData, max_bytes: int) -> list[tuple[str, bytes]]:
-    """Names and contents of the uploaded files."""
+async def _files(form: FormData, max_bytes: int) -> list[tuple[str, Buffer]]:
+    """Names and contents of the uploaded files; large ones lie on disk."""
     files = [part for name, part in form.multi_items() if name == _FIELD]
     uploads = [part for part in files if isinstance(part, UploadFile)]
     if not uploads or len(uploads) != len(form.multi_items()):
@@ -137,7 +173,15 @@ async def _files(form: FormData, max_bytes: int) -> list[tuple[str, bytes]]:
             f"the upload has {size} bytes, over this server's limit of {max_bytes}; its operator "
             "can raise --max-upload-bytes"
         )
-    return [(part.filename or "", await part.read()) for part in uploads]
+    return [(part.filename or "", _contents(part)) for part in uploads]
+
+
+def _contents(part: UploadFile) -> Buffer:
+    """What was uploaded, as a file's memory: it is never read as a whole."""
+    if not part.size:
+        return b""
+    part.file.flush()
+    return mmap(part.file.fileno(), 0, access=ACCESS_COPY)
 
 
 def _text(body: bytes) -> str:
@@ -147,7 +191,8 @@ def _text(body: bytes) -> str:
         raise RequestValidationError(error.errors(), body={}) from error
 
 
-def _answer(record: TaskRecord) -> TaskResponse:
+def task_answer(record: TaskRecord, task: Task | None = None) -> TaskResponse:
+    """A task at one version, with its split if it has one."""
     return TaskResponse(
         task_id=record.task_id,
         version=record.version,
@@ -157,4 +202,5 @@ def _answer(record: TaskRecord) -> TaskResponse:
         base_model=record.base_model,
         template=record.template,
         created_at=record.created_at,
+        split={} if task is None else {share.version: share.percent for share in task.split},
     )

@@ -44,6 +44,7 @@ def job_of(request: GenerateRequest, *, stream: bool) -> GenerationJob:
         inputs=inputs,
         task_id=_task_id(request.task_id, parameters.adapter_id),
         sampling=_sampling(parameters),
+        user=request.user,
         max_new_tokens=parameters.max_new_tokens,
         seed=parameters.seed,
         stop=tuple(parameters.stop or ()),

@@ -16,11 +16,14 @@ from starlette.responses import Response
 from prefix_store.errors import (
     CorruptArtefactError,
     InvalidPrefixError,
+    InvalidSplitError,
     InvalidTaskIdError,
+    PreconditionFailedError,
     PrefixTooLargeError,
     StoreUnavailableError,
     UnknownTaskError,
     UnknownVersionError,
+    VersionConflictError,
 )
 from server.api.schemas import ErrorResponse
 from server.engine.protocol import EngineFailedError, QueueFullError, RequestTooLongError
@@ -51,8 +54,12 @@ class ErrorAnswer:
 # The first line that fits counts. Every text of these errors is written for the end user.
 _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
     (UnknownTaskError, 404, "not_found", {}),
+    (UnknownVersionError, 404, "not_found", {}),
+    (VersionConflictError, 409, "conflict", {}),
+    (PreconditionFailedError, 412, "precondition_failed", {}),
     (InvalidTaskIdError, 422, "validation", {}),
     (InvalidRequestError, 422, "validation", {}),
+    (InvalidSplitError, 422, "validation", {}),
     (RequestTooLongError, 422, "validation", {}),
     (InvalidPrefixError, 422, "invalid_prefix", {}),
     (PrefixTooLargeError, 413, "too_large", {}),
@@ -62,7 +69,6 @@ _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
     (EngineFailedError, 500, "generation", {}),
     (ClientDisconnect, CLIENT_GONE, "client_gone", {}),
     (CorruptArtefactError, 500, "storage", {}),
-    (UnknownVersionError, 500, "storage", {}),
 )
 
 

@@ -6,7 +6,7 @@ from fastapi import APIRouter, HTTPException, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.dependencies import ServicesDep
-from server.api.schemas import ErrorResponse, HealthResponse
+from server.api.schemas import ErrorResponse, HealthResponse, ReadyResponse
 from server.errors import DrainingError
 
 router = APIRouter(tags=["Health"])
@@ -21,11 +21,15 @@ async def live(services: ServicesDep) -> HealthResponse:
 
 
 @router.get("/health/ready", responses={503: {"model": ErrorResponse}})
-async def ready(services: ServicesDep) -> HealthResponse:
-    """The server takes requests. While it shuts down it answers 503 and `draining`."""
+async def ready(services: ServicesDep) -> ReadyResponse:
+    """The server takes requests. While it shuts down it answers 503 and `draining`.
+
+    With `"store": "away"` it goes on with the tasks it has loaded, and changes none.
+    """
     if services.generator.draining:
         raise DrainingError("the server is draining: it finishes what runs and takes no new work")
-    return HealthResponse(status="ready")
+    connected = services.tasks.store_connected
+    return ReadyResponse(status="ready", store="connected" if connected else "away")
 
 
 @router.get(

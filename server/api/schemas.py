@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from server.api.parameters import MAX_STOP_STRINGS, Parameters, RequestModel
 
 MAX_INPUTS = 128
+MAX_USER_CHARS = 256
 
 E2E_EXAMPLE = "name : The Eagle | Type : coffee shop | food : Japanese | area : riverside"
 VERSION_EXAMPLE = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -52,6 +53,13 @@ class GenerateRequest(RequestModel):
         default=None,
         description="The task whose prefix to use. Default: none, the bare base model.",
         examples=["e2e"],
+    )
+    user: str | None = Field(
+        default=None,
+        max_length=MAX_USER_CHARS,
+        description="Whoever the text is for, in any words. Where a task's requests are split "
+        "among versions, the same user always gets the same version.",
+        examples=["customer-4711"],
     )
     parameters: Parameters | None = Field(
         default=None,
@@ -195,6 +203,37 @@ class TaskResponse(AnswerModel):
     created_at: float = Field(
         description="When it was uploaded, in unix seconds.", examples=[1767225600.0]
     )
+    split: dict[str, int] = Field(
+        default_factory=dict,
+        description="Percent of the requests by version; empty when all go to `version`.",
+        examples=[{}],
+    )
+
+
+class VersionResponse(AnswerModel):
+    """One version of a task."""
+
+    version: str = Field(
+        description="`sha256:` and the hex digest of the stored artefact's bytes.",
+        examples=[VERSION_EXAMPLE],
+    )
+    active: bool = Field(description="Whether requests get it by default.", examples=[True])
+    percent: int = Field(description="Share of the requests that get it.", examples=[100])
+    prefix_length: int = Field(description="Positions the prefix takes.", examples=[16])
+    bytes: int = Field(description="Size of the stored artefact.", examples=[369_120])
+    method: str = Field(description="How the prefix was made.", examples=["prefix-tuning"])
+    base_model: str = Field(
+        description="The base model it was made for; may be empty.", examples=["smollm2-135m"]
+    )
+    created_at: float = Field(
+        description="When the task was given it, in unix seconds.", examples=[1767225600.0]
+    )
+
+
+class Activation(RequestModel):
+    """Which version to activate."""
+
+    version: Text = Field(description="One that the task keeps.", examples=[VERSION_EXAMPLE])
 
 
 class InfoResponse(AnswerModel):
@@ -225,7 +264,18 @@ class InfoResponse(AnswerModel):
 class HealthResponse(AnswerModel):
     """Whether the server does its work."""
 
-    status: Literal["live", "ready"] = Field(description="What was asked.", examples=["ready"])
+    status: Literal["live", "ready"] = Field(description="What was asked.", examples=["live"])
+
+
+class ReadyResponse(AnswerModel):
+    """Whether the server takes requests, and which."""
+
+    status: Literal["ready"] = Field(description="What was asked.", examples=["ready"])
+    store: Literal["connected", "away"] = Field(
+        description="`away` while the prefix store does not answer: tasks that are loaded go on, "
+        "and nothing can be changed.",
+        examples=["connected"],
+    )
 
 
 class ErrorResponse(AnswerModel):

@@ -1,0 +1,111 @@
+"""The versions of a task: list, activate, roll back, split among them, delete."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Path, Response
+from pydantic import StrictInt
+
+from prefix_store.task import Task
+from server.api.admin import TaskId, task_answer
+from server.api.conditions import ConditionDep, etag
+from server.api.dependencies import ServicesDep
+from server.api.schemas import (
+    VERSION_EXAMPLE,
+    Activation,
+    ErrorResponse,
+    TaskResponse,
+    VersionResponse,
+)
+
+_ERROR: dict[str, Any] = {"model": ErrorResponse}
+_MOST_SHARES = 100
+
+router = APIRouter(
+    prefix="/admin/tasks/{task_id}",
+    tags=["Versions"],
+    responses=dict.fromkeys((404, 412, 422, 503), _ERROR),
+)
+
+VersionName = Annotated[str, Path(description="The version's name.", examples=[VERSION_EXAMPLE])]
+Shares = Annotated[
+    dict[str, StrictInt],
+    Body(
+        max_length=_MOST_SHARES,
+        description="Percent by version, adding to 100; `{}` ends the split.",
+        examples=[{VERSION_EXAMPLE: 100}],
+    ),
+]
+
+
+@router.get("/versions")
+async def list_versions(
+    task_id: TaskId, response: Response, services: ServicesDep
+) -> list[VersionResponse]:
+    """The versions that the task keeps, the last uploaded first."""
+    task = await services.tasks.get(task_id)
+    response.headers["ETag"] = etag(task.version)
+    shares = {share.version: share.percent for share in task.split} or {task.version: 100}
+    return [
+        VersionResponse(
+            version=record.version,
+            active=record.version == task.version,
+            percent=shares.get(record.version, 0),
+            prefix_length=record.prefix_length,
+            bytes=record.nbytes,
+            method=record.method,
+            base_model=record.base_model,
+            created_at=record.created_at,
+        )
+        for record in task.versions
+    ]
+
+
+@router.post("/activate")
+async def activate(
+    task_id: TaskId,
+    body: Activation,
+    response: Response,
+    services: ServicesDep,
+    condition: ConditionDep,
+) -> TaskResponse:
+    """Make a kept version the one that requests get from now on; ends a split."""
+    return _answer(await services.tasks.activate(task_id, body.version, condition), response)
+
+
+@router.post("/rollback", responses={409: _ERROR})
+async def rollback(
+    task_id: TaskId, response: Response, services: ServicesDep, condition: ConditionDep
+) -> TaskResponse:
+    """Activate again what was active before; again goes back further. Ends a split."""
+    return _answer(await services.tasks.rollback(task_id, condition), response)
+
+
+@router.post("/split")
+async def split(
+    task_id: TaskId,
+    shares: Shares,
+    response: Response,
+    services: ServicesDep,
+    condition: ConditionDep,
+) -> TaskResponse:
+    """Divide the requests among kept versions; requests with the same `user` get the same one.
+
+    To raise a new version's share step by step, keep the order of the versions: users who have it
+    then keep it.
+    """
+    return _answer(await services.tasks.split(task_id, shares, condition), response)
+
+
+@router.delete("/versions/{version}", status_code=204, responses={409: _ERROR})
+async def delete_version(
+    task_id: TaskId, version: VersionName, services: ServicesDep, condition: ConditionDep
+) -> None:
+    """Forget a version that is neither active nor in a split. Requests that run with it finish."""
+    await services.tasks.delete_version(task_id, version, condition)
+
+
+def _answer(task: Task, response: Response) -> TaskResponse:
+    response.headers["ETag"] = etag(task.version)
+    return task_answer(task.record, task)
