@@ -14,7 +14,11 @@ class IncompatiblePrefixError(InvalidPrefixError):
 
 
 class PrefixTooLargeError(PrefixStoreError):
-    """The upload is over the configured size."""
+    """The upload is over the configured size, or the prefix over the memory for all of them."""
+
+
+class CacheFullError(PrefixStoreError):
+    """Running requests and pins leave no room for this prefix; it may succeed later."""
 
 
 class InvalidTaskIdError(PrefixStoreError):

@@ -26,6 +26,7 @@ from server.engine.protocol import (
 )
 from server.errors import DrainingError, InvalidRequestError
 from server.metrics import Metrics, SplitSequence
+from server.residency import ResidentPrefixes
 from server.tasks import TaskService
 from server.tokenization import TextTokenizer
 
@@ -134,11 +135,17 @@ class Generator:
     """Runs generation jobs on the engine."""
 
     def __init__(
-        self, engine: Engine, tokenizer: TextTokenizer, tasks: TaskService, metrics: Metrics
+        self,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        tasks: TaskService,
+        prefixes: ResidentPrefixes,
+        metrics: Metrics,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._tasks = tasks
+        self._prefixes = prefixes
         self._metrics = metrics
         self._draining = False
 
@@ -158,6 +165,7 @@ class Generator:
         Raises:
             UnknownTaskError, StoreUnavailableError, InvalidPrefixError: its task's prefix cannot
                 be had.
+            PrefixTooLargeError, CacheFullError: there is no room for it.
             InvalidRequestError, RequestTooLongError, QueueFullError, EngineFailedError,
             DrainingError
         """
@@ -200,7 +208,7 @@ class Generator:
             task = await self._tasks.resolve(job.task_id, anew=anew)
             record = task.chosen(job.user)
             try:
-                await stack.enter_async_context(self._tasks.lease(record.version))
+                await stack.enter_async_context(self._prefixes.lease(record))
             except UnknownVersionError:
                 continue
             return record, bool(task.split)

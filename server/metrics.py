@@ -57,8 +57,8 @@ class Collectors:
     def counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace=NAMESPACE, registry=self.registry)
 
-    def gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, namespace=NAMESPACE, registry=self.registry)
+    def gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, namespace=NAMESPACE, registry=self.registry)
 
     def histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(
@@ -67,19 +67,36 @@ class Collectors:
 
 
 class PrefixCacheMetrics:
-    """A `CacheObserver` that counts."""
+    """What the tiers of the prefix cache do."""
 
-    def __init__(self, collectors: Collectors) -> None:
-        self._hits = collectors.counter("prefix_cache_hits", "Requests whose prefix was loaded")
-        self._misses = collectors.counter("prefix_cache_misses", "Requests that waited for a load")
-        self._evictions = collectors.counter(
-            "prefix_cache_evictions", "Prefixes dropped to stay within the cache's size"
+    def __init__(self, make: Collectors) -> None:
+        tier = "tier"
+        self.hits = make.counter("prefix_cache_hits", "Uses of a prefix that was there", tier)
+        self.misses = make.counter("prefix_cache_misses", "Uses that waited for a load", tier)
+        self.evictions = make.counter(
+            "prefix_cache_evictions", "Prefixes dropped to make room", tier
         )
-        self._bytes = collectors.gauge("prefix_cache_bytes", "Size of the loaded prefixes")
-        self._prefixes = collectors.gauge("prefix_cache_prefixes", "Number of loaded prefixes")
-        self._load_seconds = collectors.histogram(
-            "prefix_load_seconds", "Making a prefix ready for use", LATENCY, "source"
+        self.bytes = make.gauge("prefix_cache_bytes", "Memory of prefixes", tier)
+        self.max_bytes = make.gauge("prefix_cache_max_bytes", "Memory they may take", tier)
+        self.prefixes = make.gauge("prefix_cache_prefixes", "Prefixes there or loading", tier)
+        self.waiting = make.gauge("prefix_cache_waiting", "Prefixes that wait for room", tier)
+        self.load_seconds = make.histogram(
+            "prefix_load_seconds", "Bringing a prefix to a tier", LATENCY, tier
         )
+
+
+class TierMetrics:
+    """A `CacheObserver` that counts for one tier."""
+
+    def __init__(self, metrics: PrefixCacheMetrics, tier: str, max_bytes: int) -> None:
+        self._hits = metrics.hits.labels(tier)
+        self._misses = metrics.misses.labels(tier)
+        self._evictions = metrics.evictions.labels(tier)
+        self._bytes = metrics.bytes.labels(tier)
+        self._prefixes = metrics.prefixes.labels(tier)
+        self._waiting = metrics.waiting.labels(tier)
+        self._load_seconds = metrics.load_seconds.labels(tier)
+        metrics.max_bytes.labels(tier).set(max_bytes)
 
     def hit(self) -> None:
         """See `CacheObserver.hit`."""
@@ -95,16 +112,13 @@ class PrefixCacheMetrics:
 
     def loaded(self, seconds: float) -> None:
         """See `CacheObserver.loaded`."""
-        self._load_seconds.labels("store").observe(seconds)
+        self._load_seconds.observe(seconds)
 
-    def computed(self, seconds: float) -> None:
-        """A prefix was computed from text."""
-        self._load_seconds.labels("text").observe(seconds)
-
-    def resident(self, nbytes: int, prefixes: int) -> None:
-        """See `CacheObserver.resident`."""
+    def occupied(self, nbytes: int, prefixes: int, waiting: int) -> None:
+        """See `CacheObserver.occupied`."""
         self._bytes.set(nbytes)
         self._prefixes.set(prefixes)
+        self._waiting.set(waiting)
 
 
 class SplitMetrics:
@@ -144,14 +158,16 @@ class SplitSequence:
 
 
 class Metrics:
-    """Everything that is measured. `observe_step` is a `StepObserver`, `prefix_cache` a
-    `CacheObserver`."""
+    """Everything that is measured. `observe_step` is a `StepObserver`."""
 
     def __init__(self, max_tasks: int = 100) -> None:
         make = self._collectors = Collectors()
         ProcessCollector(namespace=NAMESPACE, registry=make.registry)
         self.tasks = TaskLabels(max_tasks)
-        self.prefix_cache = PrefixCacheMetrics(make)
+        self._prefix_cache = PrefixCacheMetrics(make)
+        self.prefix_compute_seconds = make.histogram(
+            "prefix_compute_seconds", "Computing a prefix from text", LATENCY
+        )
         self.build = Info("build", "What runs", namespace=NAMESPACE, registry=make.registry)
         self.requests = make.counter(
             "requests",
@@ -180,6 +196,10 @@ class Metrics:
             "batch_size", "Sequences that got a token in one step", BATCH
         )
         self._step_seconds = make.histogram("step_seconds", "One step of the engine", TOKEN_GAP)
+
+    def prefix_tier(self, tier: str, max_bytes: int) -> TierMetrics:
+        """What observes one tier of the prefix cache."""
+        return TierMetrics(self._prefix_cache, tier, max_bytes)
 
     def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
         """Read the requests off the engine at each scrape."""

@@ -19,6 +19,7 @@ from server.engine.protocol import Engine, EngineConfig
 from server.errors import StartupError
 from server.generation import Generator
 from server.metrics import Metrics
+from server.residency import ResidentPrefixes
 from server.settings import Settings
 from server.tasks import TaskService
 from server.tokenization import TextTokenizer
@@ -73,20 +74,22 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
         )
         stack.push_async_callback(directory.close)
         await directory.start()
-        tasks = TaskService(
+        prefixes = ResidentPrefixes(
             store,
-            directory,
             engine,
-            tokenizer,
             metrics,
-            cache_bytes=settings.prefix_cache_bytes,
+            device_bytes=settings.prefix_cache_bytes,
+            # On a CPU the engine reads host memory itself.
+            host_bytes=0 if loaded.model.device.type == "cpu" else settings.prefix_host_cache_bytes,
+            room_seconds=settings.prefix_room_seconds,
         )
-        stack.push_async_callback(tasks.close)
+        stack.push_async_callback(prefixes.close)
+        tasks = TaskService(store, directory, engine, tokenizer, metrics, prefixes=prefixes)
         services = Services(
             settings=settings,
             engine=engine,
             tasks=tasks,
-            generator=Generator(engine, tokenizer, tasks, metrics),
+            generator=Generator(engine, tokenizer, tasks, prefixes, metrics),
             metrics=metrics,
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             device=loaded.model.device.type,
@@ -101,6 +104,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
         )
         if settings.demo_tasks and settings.redis_url is None and not await tasks.list():
             await _upload_demo_tasks(tasks)
+        await _warm_up(settings.warm_up, tasks, prefixes)
         yield services
 
 
@@ -118,6 +122,17 @@ async def _open_store(settings: Settings, stack: AsyncExitStack) -> RedisPrefixS
     stack.push_async_callback(store.close)
     await store.ping()
     return store
+
+
+async def _warm_up(
+    task_ids: tuple[str, ...], tasks: TaskService, prefixes: ResidentPrefixes
+) -> None:
+    if not task_ids:
+        return
+    known = {task.task_id: task for task in await tasks.list()}
+    for unknown in (task_id for task_id in task_ids if task_id not in known):
+        logger.warning("warm-up: there is no task %r", unknown)
+    await prefixes.warm_up(known[task_id].record for task_id in task_ids if task_id in known)
 
 
 async def _upload_demo_tasks(tasks: TaskService) -> None:

@@ -87,7 +87,16 @@ class Settings(BaseSettings):
     """Sequences that may wait for a slot; more are answered 429."""
 
     prefix_cache_bytes: ByteSize = Field(default="1GiB", validate_default=True, ge=1)
-    """Memory for prefixes kept beside the model; the least recently used go first."""
+    """Memory for prefixes that the model can read; the least recently used go first."""
+
+    prefix_host_cache_bytes: ByteSize = Field(default="4GiB", validate_default=True, ge=0)
+    """Host memory for prefixes dropped from a GPU, to return without the store; unused on a CPU."""
+
+    prefix_room_seconds: Seconds = 10.0
+    """How long a request may wait while prefixes in use leave no room for its own; then 503."""
+
+    warm_up: Annotated[tuple[str, ...], Field(max_length=100_000)] = ()
+    """Tasks whose prefixes are loaded before the server is ready, separated by commas."""
 
     keep_versions: int = Field(default=5, ge=1, le=1000)
     """Versions kept of each task to roll back to, the active one included."""

@@ -1,18 +1,17 @@
-"""Tasks: upload, look up, delete, and have a prefix ready while a request runs."""
+"""Tasks: upload, look up, change and delete."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 
 from prefix_store.artefact import Artefact
-from prefix_store.cache import PrefixCache
 from prefix_store.condition import ALWAYS, Condition
 from prefix_store.directory import TaskDirectory
 from prefix_store.errors import StoreUnavailableError
-from prefix_store.prefix import Prefix, version_of
+from prefix_store.prefix import version_of
 from prefix_store.store import PrefixStore
 from prefix_store.task import Task, TaskRecord
 from prefix_store.task_id import check_task_id
@@ -22,10 +21,8 @@ from prefix_store.validate import check_fits
 from server.engine.protocol import Engine
 from server.errors import InvalidRequestError
 from server.metrics import Metrics
+from server.residency import ResidentPrefixes
 from server.tokenization import TextTokenizer
-
-# A request needs a token of prompt and a token to generate beside its prefix.
-_ROOM_FOR_TEXT = 2
 
 
 class TaskService:
@@ -39,29 +36,23 @@ class TaskService:
         tokenizer: TextTokenizer,
         metrics: Metrics,
         *,
-        cache_bytes: int,
+        prefixes: ResidentPrefixes,
     ) -> None:
         """
         Args:
             directory: follows `store`.
-            cache_bytes: budget for loaded prefixes.
         """
         self._store = store
         self._directory = directory
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
-        self._cache = PrefixCache(self._load, engine.drop_prefix, cache_bytes, metrics.prefix_cache)
+        self._prefixes = prefixes
 
     @property
     def store_connected(self) -> bool:
         """False while the store is away: known tasks go on, and nothing can be changed."""
         return self._directory.connected
-
-    @property
-    def max_prefix_length(self) -> int:
-        """Longest prefix that leaves room for text."""
-        return self._engine.max_length - _ROOM_FOR_TEXT
 
     async def upload(
         self,
@@ -74,8 +65,8 @@ class TaskService:
         """Store an uploaded prefix: file names and contents. See `PrefixStore.put` for the rest.
 
         Raises:
-            InvalidTaskIdError, InvalidPrefixError, UnknownTaskError, PreconditionFailedError,
-            StoreUnavailableError: nothing is stored then.
+            InvalidTaskIdError, InvalidPrefixError, PrefixTooLargeError, UnknownTaskError,
+            PreconditionFailedError, StoreUnavailableError: nothing is stored then.
         """
         check_task_id(task_id)
         artefact = await asyncio.to_thread(self._read_upload, files)
@@ -87,19 +78,22 @@ class TaskService:
         """Run a text through the model and store what it leaves behind as a prefix.
 
         Raises:
-            InvalidTaskIdError, InvalidRequestError, QueueFullError, UnknownTaskError,
-            PreconditionFailedError, StoreUnavailableError: nothing is stored then.
+            InvalidTaskIdError, InvalidRequestError, PrefixTooLargeError, QueueFullError,
+            UnknownTaskError, PreconditionFailedError, StoreUnavailableError: nothing is stored
+            then.
         """
         check_task_id(task_id)
         token_ids = await self._tokenizer.encode(text)
-        if not 1 <= len(token_ids) <= self.max_prefix_length:
+        longest = self._prefixes.max_prefix_length
+        if not 1 <= len(token_ids) <= longest:
             raise InvalidRequestError(
-                f"the text has {len(token_ids)} tokens; expected 1 to {self.max_prefix_length}"
+                f"the text has {len(token_ids)} tokens; expected 1 to {longest}"
             )
+        self._prefixes.check_size(len(token_ids))
         started = time.perf_counter()
         prefix = await self._engine.compute_prefix(token_ids)
-        self._metrics.prefix_cache.computed(time.perf_counter() - started)
-        await asyncio.to_thread(check_fits, prefix, self._engine.spec, self.max_prefix_length)
+        self._metrics.prefix_compute_seconds.observe(time.perf_counter() - started)
+        await asyncio.to_thread(check_fits, prefix, self._engine.spec, longest)
         artefact = await asyncio.to_thread(Artefact.of, prefix)
         return await self._put(task_id, artefact, activate, condition)
 
@@ -168,34 +162,10 @@ class TaskService:
         async with self._counted():
             return await self._directory.get(check_task_id(task_id))
 
-    def lease(self, version: str) -> AbstractAsyncContextManager[Prefix]:
-        """Keep a prefix where the engine can use it; loaded first if need be.
-
-        Raises:
-            UnknownVersionError, CorruptArtefactError, StoreUnavailableError, InvalidPrefixError
-        """
-        return self._cache.lease(version)
-
-    async def close(self) -> None:
-        """Drop every loaded prefix; call when no request runs."""
-        await self._cache.close()
-
-    async def _load(self, version: str) -> Prefix:
-        async with self._counted():
-            data = await self._store.read(version)
-        prefix = await asyncio.to_thread(self._read_artefact, data)
-        await self._engine.load_prefix(version, prefix)
-        return prefix
-
-    def _read_artefact(self, data: bytearray) -> Prefix:
-        # Checked again: the store may be shared with servers that run another base model.
-        prefix = Prefix.from_bytes(data)
-        check_fits(prefix, self._engine.spec, self.max_prefix_length)
-        return prefix
-
     def _read_upload(self, files: Sequence[tuple[str, Buffer]]) -> Artefact:
         prefix = read_upload(files, self._engine.spec)
-        check_fits(prefix, self._engine.spec, self.max_prefix_length)
+        check_fits(prefix, self._engine.spec, self._prefixes.max_prefix_length)
+        self._prefixes.check_size(prefix.prefix_length)
         if len(files) > 1:
             return Artefact.of(prefix)
         data = files[0][1]  # an artefact of ours already, stored as it came

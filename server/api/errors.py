@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from prefix_store.errors import (
+    CacheFullError,
     CorruptArtefactError,
     InvalidPrefixError,
     InvalidSplitError,
@@ -63,6 +64,7 @@ _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
     (RequestTooLongError, 422, "validation", {}),
     (InvalidPrefixError, 422, "invalid_prefix", {}),
     (PrefixTooLargeError, 413, "too_large", {}),
+    (CacheFullError, 503, "overloaded", _RETRY),
     (QueueFullError, 429, "overloaded", _RETRY),
     (StoreUnavailableError, 503, "unavailable", _RETRY),
     (DrainingError, 503, "draining", _RETRY),

@@ -16,6 +16,7 @@ from prefix_store.base_model import BaseModelSpec
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.engine.core import EngineCore, Event
+from server.engine.device_copy import DeviceCopier
 from server.engine.packed_runner import packed_runner
 from server.engine.protocol import (
     EngineConfig,
@@ -97,6 +98,7 @@ class NativeEngine:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[str, _EventStream] = {}
         self._prefixes: dict[str, Prefix] = {}
+        self._copier = DeviceCopier(loaded.model.device, loaded.model.dtype)
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
@@ -128,13 +130,23 @@ class NativeEngine:
             self._commands.put(lambda core: core.cancel(request_id))
             self._settle()
 
+    def prefix_bytes(self, prefix_length: int) -> int:
+        """See `Engine.prefix_bytes`."""
+        spec = self.spec
+        numbers = 2 * spec.num_layers * spec.num_kv_heads * prefix_length * spec.head_dim
+        return numbers * self._loaded.model.dtype.itemsize
+
+    def prepare_prefix(self, prefix: Prefix) -> Prefix:
+        """See `Engine.prepare_prefix`."""
+        return self._copier.prepare(prefix)
+
     async def load_prefix(self, version: str, prefix: Prefix) -> None:
         """See `Engine.load_prefix`."""
-        model, spec = self._loaded.model, self.spec
+        spec = self.spec
         shape = (spec.num_layers, spec.num_kv_heads, prefix.prefix_length, spec.head_dim)
         if prefix.keys.shape != shape or prefix.values.shape != shape:
             raise ValueError(f"a prefix for {spec.name} is {shape}, not {prefix.keys.shape}")
-        self._prefixes[version] = await asyncio.to_thread(prefix.to, model.device, model.dtype)
+        self._prefixes[version] = await self._copier.copy(prefix)
 
     def drop_prefix(self, version: str) -> None:
         """See `Engine.drop_prefix`."""

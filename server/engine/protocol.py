@@ -194,6 +194,12 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """Stop a request and free its slot within one step; unknown ids are ignored."""
 
+    def prefix_bytes(self, prefix_length: int) -> int:
+        """Memory that a prefix of so many positions takes once loaded."""
+
+    def prepare_prefix(self, prefix: Prefix) -> Prefix:
+        """The prefix in host memory as `load_prefix` copies it fastest; on any thread."""
+
     async def load_prefix(self, version: str, prefix: Prefix) -> None:
         """Put a prefix, already checked against `spec`, where the model can read it."""
 
