@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup lock serve test lint peers clean
+.PHONY: setup lock serve test lint bench bench-smoke peers clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Measures everything and draws docs/images/performance.png; wants the machine for itself.
+bench: setup
+	$(BIN)/python -m benchmarks
+
+# Shows in under a minute that every benchmark runs.
+bench-smoke: setup
+	$(BIN)/python -m benchmarks --smoke
 
 # What benchmarks compare with, in .peers/. About ten minutes.
 peers: setup

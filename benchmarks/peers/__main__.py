@@ -76,7 +76,7 @@ def peer_specs(loaded: LoadedModel, folder: Path, sizes: Sequence[int]) -> list[
     if PEERS_PYTHON.is_file():
         write_lora_adapters(loaded, adapters, MIXED)
         write_bf16_gguf(_shipped_gguf(), gguf)
-    model, every = loaded.model.name_or_path, frozenset(sizes)
+    model, every = str(loaded.model.name_or_path), frozenset(sizes)
     mixed = every & {MIXED} or every
     transformers = ("benchmarks.peers.transformers_worker", model)
     vllm = ("benchmarks.peers.vllm_worker", model)
@@ -132,7 +132,8 @@ def main() -> None:
     loaded = load_model()
     runner = choose_runner(loaded, MAX_SLOTS, MAX_LENGTH)
     prefixes = [random_prefix(loaded, PREFIX_LENGTH, seed) for seed in range(max(sizes))]
-    rates, ratios = {}, {}
+    rates: dict[str, dict[str, dict[str, float]]] = {}
+    ratios: dict[str, float] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         specs = [s for s in peer_specs(loaded, folder, sizes) if not wanted or s.name in wanted]

@@ -1,0 +1,100 @@
+"""Run the benchmarks one after another, keep their results and draw them.
+
+    python -m benchmarks [--only engine,http] [--smoke]
+
+Each runs in a process of its own. Results are merged into `benchmarks/results/latest.json`: a
+benchmark that was not run keeps what it last measured, with its own date. `--smoke` runs each for a
+few seconds, checks that it prints its JSON line, and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plot import draw
+
+ROOT = Path(__file__).parent.parent
+LATEST = ROOT / "benchmarks" / "results" / "latest.json"
+PLOT = ROOT / "docs" / "images" / "performance.png"
+NAMES = tuple(
+    name
+    for name in ("engine", "http", "peers", "tasks", "cold", "shared_prefix")
+    if importlib.util.find_spec(f"benchmarks.{name}")
+)
+
+
+def run(name: str, extra: Sequence[str]) -> dict[str, Any]:
+    """One benchmark's JSON line, with the date and the command.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+        ValueError: its last line is not a JSON object with results and ratios.
+    """
+    command = ["python", "-m", f"benchmarks.{name}", *extra]
+    finished = subprocess.run(
+        [sys.executable, *command[1:], "--json"],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    last = (finished.stdout.strip().splitlines() or [""])[-1]
+    result = json.loads(last)
+    if not isinstance(result, dict) or not {"results", "ratios"} <= result.keys():
+        raise ValueError(f"expected a JSON object with results and ratios, found {last[:200]}")
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"date": date, "command": " ".join(command), **result}
+
+
+def merge(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was kept with `measured` put over it, and all ratios in one object."""
+    kept = json.loads(LATEST.read_text())["benchmarks"] if LATEST.is_file() else {}
+    benchmarks = {**kept, **measured}
+    ratios = {key: value for b in benchmarks.values() for key, value in b["ratios"].items()}
+    return {"ratios": ratios, "benchmarks": benchmarks}
+
+
+def main() -> None:
+    """Run, keep, draw; exit with 1 if any benchmark failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help=f"comma-separated, of {', '.join(NAMES)}")
+    parser.add_argument("--smoke", action="store_true", help="a few seconds each, keeps nothing")
+    parser.add_argument("--rounds", type=int, help="alternating rounds of each")
+    options = parser.parse_args()
+    names = options.only.split(",") if options.only else NAMES
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    extra = ["--smoke"] if options.smoke else []
+    extra += ["--rounds", str(options.rounds)] if options.rounds else []
+    measured, failed = {}, []
+    for i, name in enumerate(names, 1):
+        print(f"[{i}/{len(names)}] {name} ...", end=" ", flush=True)
+        started = time.monotonic()
+        try:
+            measured[name] = run(name, extra)
+        except (subprocess.CalledProcessError, ValueError) as error:
+            failed.append(name)
+            print(f"failed: {error}")
+        else:
+            print(f"{time.monotonic() - started:.0f} s")
+    if measured and not options.smoke:
+        latest = merge(measured)
+        LATEST.parent.mkdir(parents=True, exist_ok=True)
+        LATEST.write_text(json.dumps(latest, indent=2) + "\n")
+        draw(latest, PLOT)
+        print(f"wrote {LATEST.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
