@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 _FINGERPRINT_SAMPLE = 64
@@ -21,6 +23,7 @@ class BaseModelSpec:
         fingerprint: `fingerprint()` of its weights; for machines.
         num_layers, num_kv_heads, head_dim: sizes of a prefix,
             `[num_layers, num_kv_heads, prefix_length, head_dim]`.
+        embedding_size: size of a soft prompt's embeddings, `[prefix_length, embedding_size]`.
         max_positions: longest sequence, prefix included, that the model has positions for.
     """
 
@@ -29,6 +32,7 @@ class BaseModelSpec:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    embedding_size: int
     max_positions: int
 
     @classmethod
@@ -42,6 +46,7 @@ class BaseModelSpec:
             num_layers=config.num_hidden_layers,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            embedding_size=cast("nn.Embedding", model.get_input_embeddings()).embedding_dim,
             max_positions=config.max_position_embeddings,
         )
 

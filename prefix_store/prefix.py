@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from prefix_store.errors import InvalidPrefixError
+from prefix_store.strict_json import parse_object
 from prefix_store.tensor_file import Buffer, read_tensor_file
 
 FORMAT = "prefixserve/1"
@@ -63,7 +64,7 @@ class Prefix:
                 "expected the same shape and dtype"
             )
         for name in ("method", "base_model", "fingerprint"):
-            _check_name(name, getattr(self, name))
+            check_name(name, getattr(self, name))
         _check_template(self.template)
         _check_training(self.training)
 
@@ -100,7 +101,7 @@ class Prefix:
 
     @classmethod
     def from_bytes(cls, data: Buffer) -> Prefix:
-        """Read `to_bytes` back; the tensors may be views of `data`, see `read_tensor_file`.
+        """Read `to_bytes` back; the tensors are views of `data`, which must not change.
 
         Raises:
             InvalidPrefixError: not safetensors, not this format, or not a valid prefix.
@@ -139,11 +140,8 @@ def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
             f"the file has no {METADATA_KEY!r} metadata: it is safetensors, but not a prefix. "
             "Make one with Prefix.to_bytes, or upload both files of a PEFT adapter."
         )
-    try:
-        found = json.loads(metadata[METADATA_KEY])
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidPrefixError(f"the {METADATA_KEY!r} metadata is not JSON") from error
-    if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
+    found = parse_object(f"the {METADATA_KEY!r} metadata", metadata[METADATA_KEY])
+    if found.pop("format", None) != FORMAT:
         raise InvalidPrefixError(f"the {METADATA_KEY!r} metadata does not have format {FORMAT!r}")
     expected = {*_TEXT_FIELDS, "training"}
     if set(found) != expected:
@@ -153,7 +151,12 @@ def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _check_name(name: str, value: object) -> None:
+def check_name(name: str, value: object) -> None:
+    """Refuse what is not a short printable text.
+
+    Raises:
+        InvalidPrefixError
+    """
     if not isinstance(value, str) or len(value) > MAX_NAME_CHARS or not value.isprintable():
         raise InvalidPrefixError(
             f"{name} is {str(value)[:40]!r}; expected printable text of at most "

@@ -1,39 +1,60 @@
-"""Read an untrusted safetensors file: sizes bounded before anything is parsed, never a pickle."""
+"""Read an untrusted safetensors file: sizes bounded before anything is parsed, never a pickle.
+
+The format: a length in 8 bytes, a JSON header of that length, and the tensors' numbers
+(https://github.com/huggingface/safetensors#format). The library's own reader takes `bytes` only and
+copies; this one reads any buffer, a memory map too, and its tensors are views of it.
+"""
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from mmap import mmap
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from prefix_store.errors import InvalidPrefixError
+from prefix_store.strict_json import parse_object
 
-Buffer = bytes | bytearray | mmap
+Buffer = bytes | bytearray | memoryview | mmap
+"""Bytes, wherever they lie."""
+
+# Read-only memory is what an immutable value wants.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
 MAX_HEADER_BYTES = 512 * 1024
+_MAX_DIMENSIONS = 8
 _LENGTH_BYTES = 8
+_METADATA = "__metadata__"
 _DTYPES = {
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "F32": torch.float32,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
+_CONVERT = (
+    "convert it where you trust it: safetensors.torch.save_file(torch.load(FILE, "
+    "weights_only=True), 'adapter_model.safetensors')"
+)
 _SIGNATURES = {
-    b"PK\x03\x04": "a zip archive, as torch.save writes: a pickle inside",
-    b"\x80": "a Python pickle",
-    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": f"a zip archive, as torch.save writes: a pickle inside; {_CONVERT}",
+    b"\x80": f"a Python pickle; {_CONVERT}",
+    b"GGUF": "a GGUF file; save the tensors with safetensors instead",
 }
 
 
@@ -42,22 +63,24 @@ def read_tensor_file(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors called `names` and the file's metadata; the file must hold exactly those tensors.
 
-    The tensors are views of `data` where it may be written to (a bytearray, an mmap with
-    ACCESS_COPY), so that a large file is in memory once; the caller leaves it alone then.
+    The tensors are views of `data`, which must not change while they are used, wherever their
+    numbers are aligned in memory.
 
     Raises:
         InvalidPrefixError: not safetensors, damaged, a header over `MAX_HEADER_BYTES`, or other
             tensors than `names`.
     """
-    header = _header(data)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise InvalidPrefixError("the safetensors metadata is not a JSON object")
+    header, start = _header(data)
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InvalidPrefixError("the safetensors metadata is not a JSON object of texts")
     if set(header) != set(names):
         raise InvalidPrefixError(
             f"the file holds the tensors {_listed(header)}; expected exactly {_listed(names)}"
         )
-    return _views(data, header), metadata
+    entries = {name: _Entry.of(name, entry) for name, entry in header.items()}
+    _check_layout(entries, len(data) - start)
+    return {name: _tensor(data, start, entry) for name, entry in entries.items()}, metadata
 
 
 def tensor_names(data: Buffer) -> set[str]:
@@ -66,12 +89,13 @@ def tensor_names(data: Buffer) -> set[str]:
     Raises:
         InvalidPrefixError: as `read_tensor_file`.
     """
-    return set(_header(data)) - {"__metadata__"}
+    return set(_header(data)[0]) - {_METADATA}
 
 
 def is_tensor_file(data: Buffer) -> bool:
     """Whether the bytes begin as safetensors: a header's length, below 4 GiB, and a JSON object."""
-    return data[4:_LENGTH_BYTES] == bytes(4) and data[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
+    head = bytes(data[: _LENGTH_BYTES + 1])
+    return head[4:_LENGTH_BYTES] == bytes(4) and head[_LENGTH_BYTES:] == b"{"
 
 
 def check_tensor_file(name: str, data: Buffer) -> None:
@@ -81,10 +105,82 @@ def check_tensor_file(name: str, data: Buffer) -> None:
         InvalidPrefixError: `not is_tensor_file(data)`; calls the bytes `name`.
     """
     if not is_tensor_file(data):
-        raise InvalidPrefixError(f"{name} is not safetensors: {_guess(data)}")
+        raise InvalidPrefixError(f"{name} is not safetensors: {_guess(bytes(data[:16]))}")
 
 
-def _header(data: Buffer) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What the header says of one tensor; `begin` and `end` count from the header's end."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @classmethod
+    def of(cls, name: str, entry: object) -> _Entry:
+        if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise InvalidPrefixError(
+                f"the header's entry of {name!r} is {str(entry)[:80]}; expected dtype, shape and "
+                "data_offsets"
+            )
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise InvalidPrefixError(
+                f"{name!r} has dtype {str(dtype)[:20]!r}; expected one of F16, BF16, F32"
+            )
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise InvalidPrefixError(
+                f"{name!r} has shape {str(shape)[:80]} and data_offsets {str(offsets)[:80]}; "
+                f"expected at most {_MAX_DIMENSIONS} sizes and two offsets, whole numbers from 0"
+            )
+        found, expected = offsets[1] - offsets[0], math.prod(shape) * _DTYPES[dtype].itemsize
+        if found != expected:
+            raise InvalidPrefixError(
+                f"{name!r} has data_offsets {offsets}, {found} bytes; expected {expected} bytes "
+                f"for {dtype} of shape {shape}"
+            )
+        return cls(_DTYPES[dtype], tuple(shape), *offsets)
+
+
+def _are_sizes(values: Any) -> bool:
+    # A bool is an int to Python, but not to the format.
+    return (
+        isinstance(values, list)
+        and len(values) <= _MAX_DIMENSIONS
+        and all(type(v) is int and 0 <= v < 2**63 for v in values)
+    )
+
+
+def _check_layout(entries: Mapping[str, _Entry], size: int) -> None:
+    """Each byte after the header belongs to one tensor, so that nothing overlaps or is hidden."""
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != at:
+            raise InvalidPrefixError(
+                f"{name!r} begins at byte {entry.begin} of the data; expected {at}, where the "
+                "tensor before it ends: tensors may neither overlap nor leave gaps"
+            )
+        at = entry.end
+    if at != size:
+        state = "is truncated" if at > size else "has bytes that belong to no tensor"
+        raise InvalidPrefixError(
+            f"the safetensors file {state}: its tensors end at byte {at} of the data, which has "
+            f"{size} bytes"
+        )
+
+
+def _tensor(data: Buffer, start: int, entry: _Entry) -> torch.Tensor:
+    if entry.begin == entry.end:  # which torch.frombuffer refuses
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    count, offset = math.prod(entry.shape), start + entry.begin
+    tensor = torch.frombuffer(data, dtype=entry.dtype, count=count, offset=offset)
+    aligned = tensor.data_ptr() % entry.dtype.itemsize == 0
+    return (tensor if aligned else tensor.clone()).view(entry.shape)
+
+
+def _header(data: Buffer) -> tuple[dict[str, Any], int]:
+    """The header, and where it ends."""
     check_tensor_file("the file", data)
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
@@ -97,80 +193,17 @@ def _header(data: Buffer) -> dict[str, Any]:
             f"the safetensors file is truncated: its header is {length} bytes long and "
             f"{len(data) - _LENGTH_BYTES} are there"
         )
-    try:
-        header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
-    except (ValueError, RecursionError) as error:
-        raise InvalidPrefixError("the safetensors header is not JSON") from error
-    return cast("dict[str, Any]", header)
+    end = _LENGTH_BYTES + length
+    return parse_object("the safetensors header", bytes(data[_LENGTH_BYTES:end])), end
 
 
-def _views(data: Buffer, header: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors, which must fill the file after its header without a gap or an overlap."""
-    start = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-    memory = bytearray(data) if isinstance(data, bytes) else data
-    tensors = {}
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: _offsets(*item)):
-        dtype, shape = _type_and_shape(name, entry)
-        begin, stop = _offsets(name, entry)
-        nbytes = math.prod(shape) * dtype.itemsize
-        if begin != end or stop - begin != nbytes or start + stop > len(data):
-            raise InvalidPrefixError(
-                f"the safetensors file is truncated or damaged: {name[:60]!r} lies at "
-                f"{begin} to {stop}; expected {nbytes} bytes from {end} on, of "
-                f"{len(data) - start} that are there"
-            )
-        end = stop
-        tensors[name] = _view(memory, dtype, start + begin, shape)
-    if start + end != len(data):
-        raise InvalidPrefixError(
-            f"the safetensors file is damaged: {len(data) - start - end} bytes follow its tensors"
-        )
-    return tensors
-
-
-def _view(
-    memory: bytearray | mmap, dtype: torch.dtype, offset: int, shape: list[int]
-) -> torch.Tensor:
-    count = math.prod(shape)
-    if count == 0:  # frombuffer takes no empty ones
-        return torch.empty(shape, dtype=dtype)
-    raw = torch.frombuffer(memory, dtype=torch.uint8, offset=offset, count=count * dtype.itemsize)
-    if raw.data_ptr() % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype).reshape(shape)
-
-
-def _offsets(name: str, entry: Any) -> tuple[int, int]:
-    match entry:
-        case {"data_offsets": [int(begin), int(end)]} if 0 <= begin <= end:
-            return begin, end
-    raise _damaged(name, entry)
-
-
-def _type_and_shape(name: str, entry: Any) -> tuple[torch.dtype, list[int]]:
-    match entry:
-        case {"dtype": str(dtype), "shape": list(shape)} if dtype in _DTYPES and all(
-            isinstance(size, int) and size >= 0 for size in shape
-        ):
-            return _DTYPES[dtype], shape
-    raise _damaged(name, entry)
-
-
-def _damaged(name: str, entry: Any) -> InvalidPrefixError:
-    return InvalidPrefixError(
-        f"the safetensors header says of {name[:60]!r} {str(entry)[:120]}; expected a dtype of "
-        f"{', '.join(_DTYPES)}, a shape, and data_offsets within the file"
-    )
-
-
-def _guess(data: Buffer) -> str:
-    if not data:
+def _guess(head: bytes) -> str:
+    if not head:
         return "it is empty"
     for signature, meaning in _SIGNATURES.items():
-        if data[: len(signature)] == signature:
-            return f"it looks like {meaning}; save the tensors with safetensors instead"
-    return f"it begins with {data[:_LENGTH_BYTES]!r}"
+        if head.startswith(signature):
+            return f"it looks like {meaning}"
+    return f"it begins with {head[:_LENGTH_BYTES]!r}"
 
 
 def _listed(names: Collection[str]) -> str:

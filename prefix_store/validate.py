@@ -5,22 +5,29 @@ from __future__ import annotations
 from prefix_store.base_model import BaseModelSpec, same_model_name
 from prefix_store.errors import IncompatiblePrefixError
 from prefix_store.prefix import KEYS, Prefix
+from prefix_store.soft_prompt import PROMPT_EMBEDDINGS, SoftPrompt
 
 
-def check_fits(prefix: Prefix, spec: BaseModelSpec, max_prefix_length: int) -> None:
-    """Refuse a prefix that the base model `spec` cannot use.
+def check_fits(prefix: Prefix | SoftPrompt, spec: BaseModelSpec, max_prefix_length: int) -> None:
+    """Refuse a prefix or soft prompt that the base model `spec` cannot use.
 
     Args:
         max_prefix_length: most positions a prefix may take on this server; the model's own
             `max_positions` bounds it too.
 
     Raises:
-        IncompatiblePrefixError: other layers, key-value heads or head size, too long, or made for
-            another base model.
+        IncompatiblePrefixError: other layers, key-value heads, head size or embedding size, too
+            long, or made for another base model.
     """
-    _check_sizes(prefix, spec)
-    _check_length(prefix, min(max_prefix_length, spec.max_positions - 1))
-    check_same_model(prefix.base_model, prefix.fingerprint, spec)
+    longest = min(max_prefix_length, spec.max_positions - 1)
+    if isinstance(prefix, SoftPrompt):
+        _check_embedding_size(prefix, spec)
+        _check_length(PROMPT_EMBEDDINGS, prefix.embeddings.shape, prefix.prefix_length, longest)
+        check_same_model(prefix.base_model, "", spec)
+    else:
+        _check_sizes(prefix, spec)
+        _check_length(KEYS, prefix.keys.shape, prefix.prefix_length, longest)
+        check_same_model(prefix.base_model, prefix.fingerprint, spec)
 
 
 def check_same_model(base_model: str, fingerprint: str, spec: BaseModelSpec) -> None:
@@ -59,9 +66,18 @@ def _check_sizes(prefix: Prefix, spec: BaseModelSpec) -> None:
             )
 
 
-def _check_length(prefix: Prefix, longest: int) -> None:
-    if prefix.prefix_length > longest:
+def _check_embedding_size(prompt: SoftPrompt, spec: BaseModelSpec) -> None:
+    length, size = prompt.embeddings.shape
+    if size != spec.embedding_size:
         raise IncompatiblePrefixError(
-            f"{KEYS} has prefix length {prefix.prefix_length} (shape {list(prefix.keys.shape)}); "
-            f"expected at most {longest}, to leave room for text on this server"
+            f"{PROMPT_EMBEDDINGS} has shape {[length, size]}; expected "
+            f"[{length}, {spec.embedding_size}], the embedding size of the base model {spec.name!r}"
+        )
+
+
+def _check_length(name: str, shape: tuple[int, ...], length: int, longest: int) -> None:
+    if length > longest:
+        raise IncompatiblePrefixError(
+            f"{name} has prefix length {length} (shape {list(shape)}); expected at most {longest}, "
+            "to leave room for text on this server"
         )

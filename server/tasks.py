@@ -11,7 +11,7 @@ from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
 from prefix_store.directory import TaskDirectory
 from prefix_store.errors import StoreUnavailableError
-from prefix_store.prefix import version_of
+from prefix_store.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
 from prefix_store.task import Task, TaskRecord
 from prefix_store.task_id import check_task_id
@@ -66,10 +66,12 @@ class TaskService:
 
         Raises:
             InvalidTaskIdError, InvalidPrefixError, PrefixTooLargeError, UnknownTaskError,
-            PreconditionFailedError, StoreUnavailableError: nothing is stored then.
+            PreconditionFailedError, EngineFailedError, StoreUnavailableError: nothing is stored
+            then.
         """
         check_task_id(task_id)
-        artefact = await asyncio.to_thread(self._read_upload, files)
+        upload = await asyncio.to_thread(self._read_upload, files)
+        artefact = await self._compute(upload) if isinstance(upload, SoftPrompt) else upload
         return await self._put(task_id, artefact, activate, condition)
 
     async def upload_text(
@@ -78,8 +80,8 @@ class TaskService:
         """Run a text through the model and store what it leaves behind as a prefix.
 
         Raises:
-            InvalidTaskIdError, InvalidRequestError, PrefixTooLargeError, QueueFullError,
-            UnknownTaskError, PreconditionFailedError, StoreUnavailableError: nothing is stored
+            InvalidTaskIdError, InvalidRequestError, PrefixTooLargeError, UnknownTaskError,
+            PreconditionFailedError, EngineFailedError, StoreUnavailableError: nothing is stored
             then.
         """
         check_task_id(task_id)
@@ -90,12 +92,7 @@ class TaskService:
                 f"the text has {len(token_ids)} tokens; expected 1 to {longest}"
             )
         self._prefixes.check_size(len(token_ids))
-        started = time.perf_counter()
-        prefix = await self._engine.compute_prefix(token_ids)
-        self._metrics.prefix_compute_seconds.observe(time.perf_counter() - started)
-        await asyncio.to_thread(check_fits, prefix, self._engine.spec, longest)
-        artefact = await asyncio.to_thread(Artefact.of, prefix)
-        return await self._put(task_id, artefact, activate, condition)
+        return await self._put(task_id, await self._compute(token_ids), activate, condition)
 
     async def get(self, task_id: str) -> Task:
         """The task now.
@@ -162,14 +159,18 @@ class TaskService:
         async with self._counted():
             return await self._directory.get(check_task_id(task_id))
 
-    def _read_upload(self, files: Sequence[tuple[str, Buffer]]) -> Artefact:
-        prefix = read_upload(files, self._engine.spec)
+    async def _compute(self, prompt: tuple[int, ...] | SoftPrompt) -> Artefact:
+        started = time.perf_counter()
+        prefix = await self._engine.compute_prefix(prompt)
+        self._metrics.prefix_compute_seconds.observe(time.perf_counter() - started)
+        return await asyncio.to_thread(Artefact.of, prefix)
+
+    def _read_upload(self, files: Sequence[tuple[str, Buffer]]) -> Artefact | SoftPrompt:
+        upload = read_upload(files, self._engine.spec)
+        prefix = upload if isinstance(upload, SoftPrompt) else upload.prefix
         check_fits(prefix, self._engine.spec, self._prefixes.max_prefix_length)
         self._prefixes.check_size(prefix.prefix_length)
-        if len(files) > 1:
-            return Artefact.of(prefix)
-        data = files[0][1]  # an artefact of ours already, stored as it came
-        return Artefact(prefix, data, version_of(data))
+        return upload
 
     async def _put(
         self, task_id: str, artefact: Artefact, activate: bool, condition: Condition

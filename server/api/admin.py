@@ -56,9 +56,10 @@ _UPLOAD_BODY: dict[str, Any] = {
                         "minItems": 1,
                         "maxItems": _MOST_FILES,
                         "items": {"type": "string", "format": "binary"},
-                        "description": "One prefix artefact (safetensors), or the two files of a "
-                        "PEFT adapter of type PREFIX_TUNING or CARTRIDGE: adapter_config.json and "
-                        "adapter_model.safetensors, in any order.",
+                        "description": "One prefix artefact (safetensors); or the two files of a "
+                        "PEFT adapter of type PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING, "
+                        "adapter_config.json and adapter_model.safetensors, in any order; or the "
+                        "prefix encoder of P-tuning v2 (safetensors).",
                     }
                 },
             }

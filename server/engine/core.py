@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from prefix_store.prefix import Prefix
 from server.engine.protocol import (
     EngineConfig,
     EngineFailedError,
@@ -88,11 +87,6 @@ class EngineCore:
         seconds = time.perf_counter() - started
         return StepResult(events, _step_stats(spans, seconds, self.stats))
 
-    def fail_all(self, reason: str) -> list[Event]:
-        """End every request with an error."""
-        failed = list(self._sequences.values())
-        return [self._fail(sequence, reason) for sequence in failed]
-
     def _compute(self, spans: Rows[Span]) -> list[Event]:
         """Run the model over `spans`; the events of those whose next token it gives."""
         ending = [i for i, span in enumerate(spans) if span.completes_prompt]
@@ -104,23 +98,16 @@ class EngineCore:
         sequences = [spans[i].sequence for i in ending]
         samples = sample(logits if len(ending) == len(spans) else logits[ending], sequences)
         return [
-            event
+            self._advance(sequence, chosen)
             for sequence, chosen in zip(sequences, samples, strict=True)
-            if (event := self._advance(sequence, chosen)) is not None
         ]
 
-    def _advance(self, sequence: Sequence, chosen: Sample | None) -> Event | None:
+    def _advance(self, sequence: Sequence, chosen: Sample | None) -> Event:
         if chosen is None:
             self._runner.clear(sequence.slot)
             return self._fail(
                 sequence, "the model's output holds NaN or infinity with this task's prefix"
             )
-        if sequence.capture is not None:
-            if sequence.capture.set_running_or_notify_cancel():
-                keys, values = self._runner.read(sequence)
-                sequence.capture.set_result(Prefix(keys, values, method="text"))
-            self._remove(sequence)
-            return None
         sequence.output_ids.append(chosen.chosen.token_id)
         first = len(sequence.output_ids) == 1
         reason = self._finish_reason(sequence)
@@ -146,10 +133,7 @@ class EngineCore:
 
     def _fail(self, sequence: Sequence, reason: str) -> Event:
         self._remove(sequence)
-        error = EngineFailedError(reason)
-        if sequence.capture is not None and sequence.capture.set_running_or_notify_cancel():
-            sequence.capture.set_exception(error)
-        return sequence.request.request_id, error
+        return sequence.request.request_id, EngineFailedError(reason)
 
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.request_id]

@@ -93,10 +93,6 @@ class SlotCache(Cache):
         self.keys[:, slot, :, :end].copy_(prefix.keys)
         self.values[:, slot, :, :end].copy_(prefix.values)
 
-    def read(self, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of a slot's first keys and values, `[layers, num_kv_heads, length, head_dim]`."""
-        return self.keys[:, slot, :, :length].clone(), self.values[:, slot, :, :length].clone()
-
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot over another's."""
         self.keys[:, target, :, :length].copy_(self.keys[:, source, :, :length])

@@ -6,18 +6,20 @@ import asyncio
 import logging
 import queue
 import threading
-import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Self
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
+from prefix_store.soft_prompt import SoftPrompt
 from server.engine.core import EngineCore, Event
 from server.engine.device_copy import DeviceCopier
 from server.engine.packed_runner import packed_runner
+from server.engine.prefill import Prefill
 from server.engine.protocol import (
     EngineConfig,
     EngineFailedError,
@@ -26,7 +28,6 @@ from server.engine.protocol import (
     PrefixNotLoadedError,
     QueueFullError,
     RequestTooLongError,
-    SamplingParams,
     StepObserver,
     TokenEvent,
 )
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 Command = Callable[[EngineCore], None] | None
 """Something for the engine thread to do between steps; None stops the thread."""
+
+_SHUTTING_DOWN = "the server is shutting down"
 
 
 class _EventStream:
@@ -101,7 +104,11 @@ class NativeEngine:
         self._copier = DeviceCopier(loaded.model.device, loaded.model.dtype)
         self._idle = asyncio.Event()
         self._idle.set()
+        self._prefills = 0  # running or waiting for their turn
+        self._prefilling = asyncio.Lock()
+        self._chunk: Future[None] | None = None
         self._closing = False
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -122,7 +129,21 @@ class NativeEngine:
 
     def submit(self, request: GenerationRequest) -> _EventStream:
         """See `Engine.submit`."""
-        return self._submit(request, self._prefix_of(request), capture=None)
+        if self._closing:
+            raise EngineFailedError(_SHUTTING_DOWN)
+        prefix = self._prefix_of(request)
+        self._check_length(request, prefix)
+        if len(self._streams) >= self._config.max_slots + self._config.max_waiting:
+            raise QueueFullError(
+                f"{self._config.max_waiting} requests are waiting already, the most that may; "
+                "try again in a moment"
+            )
+        stream = _EventStream(self, request.request_id)
+        self._streams[request.request_id] = stream
+        self._idle.clear()
+        sequence = Sequence(request, prefix)
+        self._commands.put(lambda core: core.add(sequence))
+        return stream
 
     def cancel(self, request_id: str) -> None:
         """See `Engine.cancel`."""
@@ -152,18 +173,26 @@ class NativeEngine:
         """See `Engine.drop_prefix`."""
         self._prefixes.pop(version, None)
 
-    async def compute_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
-        """See `Engine.compute_prefix`; it takes a slot and its turn like any request."""
-        request = GenerationRequest(
-            f"prefix-{uuid.uuid4().hex}", token_ids, SamplingParams(max_new_tokens=1)
-        )
-        captured: Future[Prefix] = Future()
-        stream = self._submit(request, None, capture=captured)
+    async def compute_prefix(self, prompt: tuple[int, ...] | SoftPrompt) -> Prefix:
+        """See `Engine.compute_prefix`: a chunk between two steps, so that no request waits long."""
+        prefill = Prefill(self._loaded, prompt)
+        if not 1 <= prefill.length < self.max_length:
+            raise RequestTooLongError(
+                f"the prompt has {prefill.length} tokens; expected 1 to {self.max_length - 1}"
+            )
+        if self._closing:
+            raise EngineFailedError(_SHUTTING_DOWN)
+        self._prefills += 1
+        self._idle.clear()
         try:
-            prefix = await asyncio.wrap_future(captured)
+            async with self._prefilling:
+                for start in range(0, prefill.length, self._config.prefill_tokens):
+                    end = start + self._config.prefill_tokens
+                    await self._between_steps(partial(prefill.advance, start, end))
         finally:
-            await stream.aclose()
-        return replace(prefix, base_model=self.spec.name, fingerprint=self.spec.fingerprint)
+            self._prefills -= 1
+            self._settle()
+        return await asyncio.to_thread(prefill.prefix)
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -181,23 +210,13 @@ class NativeEngine:
         await asyncio.to_thread(self._thread.join)
         self._prefixes.clear()
 
-    def _submit(
-        self, request: GenerationRequest, prefix: Prefix | None, capture: Future[Prefix] | None
-    ) -> _EventStream:
-        if self._closing:
-            raise EngineFailedError("the server is shutting down")
-        self._check_length(request, prefix)
-        if len(self._streams) >= self._config.max_slots + self._config.max_waiting:
-            raise QueueFullError(
-                f"{self._config.max_waiting} requests are waiting already, the most that may; "
-                "try again in a moment"
-            )
-        stream = _EventStream(self, request.request_id)
-        self._streams[request.request_id] = stream
-        self._idle.clear()
-        sequence = Sequence(request, prefix, capture)
-        self._commands.put(lambda core: core.add(sequence))
-        return stream
+    async def _between_steps(self, work: Callable[[], None]) -> None:
+        """Have the engine thread do one thing more; what it raises is raised here."""
+        if self._ended:
+            raise EngineFailedError(_SHUTTING_DOWN)
+        self._chunk = done = Future[None]()
+        self._commands.put(lambda _: _carry_out(work, done))
+        await asyncio.wrap_future(done)
 
     def _prefix_of(self, request: GenerationRequest) -> Prefix | None:
         if request.prefix_version is None:
@@ -231,12 +250,12 @@ class NativeEngine:
         self._settle()
 
     def _settle(self) -> None:
-        if not self._streams:
+        if not self._streams and not self._prefills:
             self._idle.set()
 
     def _run(self) -> None:
         """The engine thread: commands between steps, steps while there is work."""
-        reason = "the server is shutting down"
+        reason = _SHUTTING_DOWN
         try:
             while self._obey():
                 result = self._core.step()
@@ -246,8 +265,18 @@ class NativeEngine:
         except Exception:
             logger.exception("the engine stopped")
             reason = "the engine stopped; restart the server"
-        self._closing = True
-        self._post(self._core.fail_all(reason))
+        self._call(partial(self._end, reason))
+
+    def _end(self, reason: str) -> None:
+        """On the event loop, after the thread's last step: fail whoever still waits for it."""
+        self._closing = self._ended = True
+        self._stats = EngineStats(0, 0, self._config.max_slots)
+        for stream in self._streams.values():
+            stream.push(EngineFailedError(reason))
+        self._streams.clear()
+        if self._chunk is not None and not self._chunk.done():
+            self._chunk.set_exception(EngineFailedError(reason))
+        self._settle()
 
     def _obey(self) -> bool:
         """Carry out the waiting commands, or wait for work; False once told to stop."""
@@ -260,11 +289,24 @@ class NativeEngine:
         return True
 
     def _post(self, events: list[Event]) -> None:
-        stats = self._core.stats
+        self._call(partial(self._deliver, events, self._core.stats))
+
+    def _call(self, function: Callable[[], None]) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._deliver, events, stats)
+            self._loop.call_soon_threadsafe(function)
         except RuntimeError:  # the loop was closed without closing the engine first
-            logger.warning("the event loop is gone; %d events are lost", len(events))
+            logger.warning("the event loop is gone, and what the engine gave it is lost")
+
+
+def _carry_out(work: Callable[[], None], done: Future[None]) -> None:
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        work()
+    except Exception as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
 
 
 def choose_runner(loaded: LoadedModel, max_slots: int, max_length: int) -> Runner:

@@ -54,11 +54,6 @@ class PackedRunner:
         for memory in (self._keys, self._values):
             memory[:, move.target, :, : move.length] = memory[:, move.source, :, : move.length]
 
-    def read(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Runner.read`."""
-        own = (slice(None), sequence.slot, slice(None), slice(0, sequence.length))
-        return self._keys[own].contiguous(), self._values[own].contiguous()
-
     def clear(self, slot: int) -> None:
         """See `Runner.clear`: no row reads a position that its own sequence has not written."""
 

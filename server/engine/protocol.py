@@ -9,6 +9,7 @@ from typing import Protocol
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.prefix import Prefix
+from prefix_store.soft_prompt import SoftPrompt
 
 
 class FinishReason(StrEnum):
@@ -206,8 +207,15 @@ class Engine(Protocol):
     def drop_prefix(self, version: str) -> None:
         """Forget a prefix; running requests that started with it are not disturbed."""
 
-    async def compute_prefix(self, token_ids: tuple[int, ...]) -> Prefix:
-        """Run text through the model once and return its keys and values (`method="text"`)."""
+    async def compute_prefix(self, prompt: tuple[int, ...] | SoftPrompt) -> Prefix:
+        """Run token ids (`method="text"`) or a soft prompt, already checked against `spec`,
+        through the model once and return its keys and values.
+
+        Raises:
+            RequestTooLongError: no room for text is left beside it.
+            InvalidPrefixError: the keys or values are not finite.
+            EngineFailedError
+        """
 
     def stats(self) -> EngineStats:
         """A snapshot of the queue and the slots."""

@@ -27,12 +27,6 @@ class Runner(Protocol):
     def clear(self, slot: int) -> None:
         """A slot may hold NaN; see to it that no later sequence there is disturbed."""
 
-    def read(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-        """A sequence's own keys and values, `[layers, kv_heads, length, head_dim]` each.
-
-        Of a sequence without a prefix.
-        """
-
     def forward(self, spans: Rows[Span]) -> torch.Tensor:
         """Compute every span; logits `[spans, vocab]` after each one's last token."""
 
@@ -60,10 +54,6 @@ class TransformersRunner:
     def move(self, move: SlotMove) -> None:
         """See `Runner.move`."""
         self._cache.move(move.source, move.target, move.length)
-
-    def read(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Runner.read`."""
-        return self._cache.read(sequence.slot, sequence.length)
 
     def clear(self, slot: int) -> None:
         """See `Runner.clear`: what is masked is still multiplied, and 0 x NaN is NaN."""

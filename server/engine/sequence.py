@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from prefix_store.prefix import Prefix
@@ -20,7 +19,6 @@ class Sequence:
     Attributes:
         request: what was asked.
         prefix: already on the model's device, or None for the bare base model.
-        capture: set when the caller wants the prompt's keys and values instead of new tokens.
         slot: its row of the KV memory, or NO_SLOT while it waits.
         length: positions of the slot that are filled: the prefix, then the tokens computed so far.
         output_ids: tokens generated so far; the last one is not in the slot yet.
@@ -28,7 +26,6 @@ class Sequence:
 
     request: GenerationRequest
     prefix: Prefix | None
-    capture: Future[Prefix] | None = None
     slot: int = NO_SLOT
     length: int = 0
     output_ids: list[int] = field(default_factory=list)

@@ -12,7 +12,7 @@ from prefix_store.artefact import Artefact
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.prefix import FORMAT, KEYS, METADATA_KEY, VALUES, Prefix
 
-LAYERS, HEADS, LENGTH, HEAD_DIM = 2, 3, 5, 4
+LAYERS, HEADS, LENGTH, HEAD_DIM, EMBEDDING = 2, 3, 5, 4, 24
 SHAPE = (LAYERS, HEADS, LENGTH, HEAD_DIM)
 SPEC = BaseModelSpec(
     name="org/Base-Model",
@@ -20,6 +20,7 @@ SPEC = BaseModelSpec(
     num_layers=LAYERS,
     num_kv_heads=HEADS,
     head_dim=HEAD_DIM,
+    embedding_size=EMBEDDING,
     max_positions=64,
 )
 
