@@ -82,8 +82,7 @@ def _check_config(
     config: dict[str, Any], matrix: torch.Tensor, sizes: dict[str, int], spec: BaseModelSpec
 ) -> None:
     expected = {"num_layers": spec.num_layers} | sizes
-    # The shape is checked elsewhere; a tensor without dimensions has no length to compare.
-    if matrix.ndim:
+    if matrix.ndim == 2:  # any other is refused for its shape
         expected["num_virtual_tokens"] = len(matrix)
     for name, wanted in expected.items():
         found = config.get(name)

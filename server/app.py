@@ -20,7 +20,12 @@ Every error is `{"error": ..., "error_type": ...}`.
 
 def create_app(services: Services) -> FastAPI:
     """The application on services that run; who opened them closes them."""
-    app = FastAPI(title="prefixserve", version=VERSION, description=_DESCRIPTION)
+    app = FastAPI(
+        title="prefixserve",
+        version=VERSION,
+        description=_DESCRIPTION,
+        redirect_slashes=False,  # an empty task name is a mistake, not another page
+    )
     app.state.services = services
     settings = services.settings
     app.add_middleware(

@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 
+from prefix_store.errors import InvalidPrefixError
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
+from prefix_store.soft_prompt import SoftPrompt
 from server.engine.native import NativeEngine
 from server.engine.protocol import (
     EngineConfig,
@@ -24,6 +26,7 @@ from server.engine.protocol import (
     StepStats,
     TokenStream,
 )
+from tests.conftest import tiny_model
 from tests.engine.reference import as_cache, greedy, random_prefix
 
 CONFIG = EngineConfig(max_slots=2, max_length=64, prefill_tokens=16, max_waiting=1)
@@ -140,6 +143,75 @@ async def test_text_becomes_the_prefix_the_model_computes(tiny: LoadedModel) -> 
         assert found == greedy(tiny, None, (*text, 9, 10), 5)[0]
         assert as_cache(prefix).get_seq_length() == len(text)
         await settled(engine)
+
+
+async def test_embeddings_are_as_good_as_the_tokens_they_stand_for(tiny: LoadedModel) -> None:
+    text = torch.arange(6, 40)
+    embeddings = tiny.model.get_input_embeddings()(text).detach()
+    async with running(tiny) as engine:
+        expected = await engine.compute_prefix(tuple(text.tolist()))
+        prefix = await engine.compute_prefix(SoftPrompt(embeddings, "prompt-tuning"))
+    assert (prefix.method, prefix.base_model) == ("prompt-tuning", tiny.spec.name)
+    assert torch.allclose(prefix.keys, expected.keys, atol=1e-5)
+    assert torch.allclose(prefix.values, expected.values, atol=1e-5)
+
+
+async def test_a_long_computation_lets_others_decode(tiny_llama: LoadedModel) -> None:
+    config = EngineConfig(max_slots=2, max_length=90, prefill_tokens=1)
+    async with running(tiny_llama, config) as engine:
+        computing = asyncio.create_task(engine.compute_prefix((9,) * 80))
+        await asyncio.sleep(0)
+        found = await tokens(engine.submit(request("a", new=8)))
+        assert not computing.done()
+        assert found == greedy(tiny_llama, None, (9, 10), 8)[0]
+        assert (await computing).prefix_length == 80
+
+
+async def test_a_computation_ends_with_the_engine(tiny_llama: LoadedModel) -> None:
+    config = EngineConfig(max_slots=2, max_length=90, prefill_tokens=1)
+    async with running(tiny_llama, config) as engine:
+        computing = asyncio.create_task(engine.compute_prefix((9,) * 80))
+        await asyncio.sleep(0)
+        await engine.close(drain_seconds=30)
+        assert (await computing).prefix_length == 80
+        with pytest.raises(EngineFailedError, match="shutting down"):
+            await engine.compute_prefix((9,))
+    async with running(tiny_llama, config) as engine:
+        computing = asyncio.create_task(engine.compute_prefix((9,) * 80))
+        await asyncio.sleep(0)
+        await engine.close()
+        with pytest.raises(EngineFailedError, match="shutting down"):
+            await computing
+
+
+async def test_an_engine_that_breaks_fails_whoever_waits(
+    tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tiny_llama) as engine:
+        monkeypatch.setattr(engine._core, "step", lambda: 1 // 0)
+        stream = engine.submit(request("a"))
+        computing = asyncio.create_task(engine.compute_prefix((9,) * 60))
+        with pytest.raises(EngineFailedError, match="restart"):
+            await tokens(stream)
+        with pytest.raises(EngineFailedError):
+            await computing
+
+
+async def test_a_prompt_without_room_for_text_is_refused(tiny_llama: LoadedModel) -> None:
+    async with running(tiny_llama) as engine:
+        for length in (0, 64):
+            with pytest.raises(RequestTooLongError, match=f"{length} tokens; expected 1 to 63"):
+                await engine.compute_prefix((9,) * length)
+
+
+async def test_a_soft_prompt_that_breaks_the_model_is_refused() -> None:
+    gpt2 = tiny_model("gpt2")  # whose norm subtracts what is about to overflow
+    huge = torch.full((3, gpt2.spec.embedding_size), 3e38)
+    huge[:, ::2] *= -1
+    async with running(gpt2) as engine:
+        with pytest.raises(InvalidPrefixError, match="expected finite"):
+            await engine.compute_prefix(SoftPrompt(huge, "x"))
+        assert await tokens(engine.submit(request("a"))) == greedy(gpt2, None, (9, 10), 5)[0]
 
 
 async def test_a_cancelled_computation_leaves_the_engine_working(tiny_llama: LoadedModel) -> None:

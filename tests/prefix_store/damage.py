@@ -50,7 +50,10 @@ def damaged(artefact: bytes) -> dict[str, tuple[bytes, str]]:
             f"begins at byte {half - 4} of the data; expected {half}",
         ),
         "both tensors in one place": (changed(data_offsets=[0, half]), "neither overlap"),
-        "a gap": (changed(KEYS, shape=[1], data_offsets=[0, 4]), f"byte {half} of the data; expected 4"),
+        "a gap": (
+            changed(KEYS, shape=[1], data_offsets=[0, 4]),
+            f"byte {half} of the data; expected 4",
+        ),
         "offsets beyond the end": (
             changed(data_offsets=[half + 4, 2 * half + 4]),
             "nor leave gaps",
@@ -73,7 +76,9 @@ def damaged(artefact: bytes) -> dict[str, tuple[bytes, str]]:
             f"entry of '{KEYS}' is 3",
         ),
         "a tensor without numbers": (
-            with_header(json.dumps(header | {VALUES: header[VALUES] | none}).encode(), numbers[:half]),
+            with_header(
+                json.dumps(header | {VALUES: header[VALUES] | none}).encode(), numbers[:half]
+            ),
             "none of them 0",
         ),
         "a dtype nobody knows": (changed(dtype="F4"), "dtype 'F4'; expected one of F16, BF16, F32"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
+import mmap
 import pickle
+import re
 import struct
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -24,6 +26,7 @@ from prefix_store.prefix import (
     Prefix,
     version_of,
 )
+from tests.prefix_store.damage import damaged, with_header
 from tests.prefix_store.examples import SHAPE, a_prefix, artefact
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -140,7 +143,9 @@ def test_the_hand_written_artefact_is_good() -> None:
         pytest.param(artefact(metadata={}), "no 'prefixserve' metadata", id="no metadata"),
         pytest.param(artefact(metadata={"format": "pt"}), "not a prefix", id="others' metadata"),
         pytest.param(artefact(metadata={METADATA_KEY: "{"}), "not JSON", id="metadata not JSON"),
-        pytest.param(artefact(metadata={METADATA_KEY: "[]"}), "have format", id="metadata a list"),
+        pytest.param(
+            artefact(metadata={METADATA_KEY: "[]"}), "not a JSON object", id="metadata a list"
+        ),
         pytest.param(artefact(format="prefixserve/9"), "format 'prefixserve/1'", id="format"),
         pytest.param(artefact(colour="red"), "colour.*; expected", id="metadata too many"),
         pytest.param(artefact(method=3), "method is '3'", id="method a number"),

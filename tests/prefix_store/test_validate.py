@@ -11,8 +11,9 @@ import torch
 from prefix_store.base_model import fingerprint, same_model_name
 from prefix_store.errors import IncompatiblePrefixError
 from prefix_store.model_loading import LoadedModel
+from prefix_store.soft_prompt import SoftPrompt
 from prefix_store.validate import check_fits
-from tests.prefix_store.examples import SPEC, a_prefix
+from tests.prefix_store.examples import EMBEDDING, SPEC, a_prefix
 
 LIMIT = 20
 
@@ -67,6 +68,23 @@ def test_takes(fields: dict[str, object]) -> None:
 def test_refuses(fields: dict[str, object], says: str) -> None:
     with pytest.raises(IncompatiblePrefixError, match=says):
         check_fits(a_prefix(**fields), SPEC, LIMIT)
+
+
+def test_takes_a_soft_prompt() -> None:
+    check_fits(SoftPrompt(torch.ones(LIMIT, EMBEDDING), "x", "base-model"), SPEC, LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (SoftPrompt(torch.ones(3, 9), "x"), r"has shape \[3, 9\]; expected \[3, 24\]"),
+        (SoftPrompt(torch.ones(LIMIT + 1, EMBEDDING), "x"), "prefix length 21 .* at most 20"),
+        (SoftPrompt(torch.ones(3, EMBEDDING), "x", "gpt2"), "names the base model 'gpt2'"),
+    ],
+)
+def test_refuses_a_soft_prompt(prompt: SoftPrompt, says: str) -> None:
+    with pytest.raises(IncompatiblePrefixError, match=says):
+        check_fits(prompt, SPEC, LIMIT)
 
 
 def test_the_model_itself_bounds_the_length() -> None:

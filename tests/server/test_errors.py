@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from safetensors.torch import save
 
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.api.errors import install_error_handlers
 from tests.engine.reference import random_prefix
+from tests.prefix_store.damage import damaged
 from tests.server.conftest import MAX_LENGTH
 from tests.server.live import LiveServer, live_server
 
@@ -272,7 +276,58 @@ def _bad_uploads(prefix: Prefix) -> dict[str, tuple[bytes, list[str]]]:
             ["gpt2", "endless-llama"],
         ),
         "another model by name": (_with(prefix, base_model="gpt2"), ["gpt2", "endless-llama"]),
+        **{kind: (data, [says]) for kind, (data, says) in damaged(prefix.to_bytes()).items()},
     }
+
+
+def _bad_adapters(size: int) -> list[tuple[dict[str, Any], torch.Tensor, str]]:
+    """Configuration and embeddings of PEFT adapters that must be refused, and words of why."""
+    soft, good = {"peft_type": "PROMPT_TUNING"}, torch.ones(4, size)
+    return [
+        ({"peft_type": "LORA"}, good, "'LORA'; expected one of PREFIX_TUNING"),
+        ({}, good, "peft_type 'None'"),
+        ({"peft_type": "PREFIX_TUNING"}, good, "prompt_embeddings has shape"),
+        (soft, torch.ones(4, size + 1), f"expected [4, {size}]"),
+        (soft, torch.ones(MAX_LENGTH, size), f"at most {MAX_LENGTH - 2}"),
+        (soft, good / 0, "Inf"),
+        (soft, good.double(), "float64"),
+        (soft | {"base_model_name_or_path": "gpt2"}, good, "'gpt2'"),
+        (soft | {"num_virtual_tokens": 5}, good, "num_virtual_tokens 5; expected 4"),
+    ]
+
+
+def test_a_bad_adapter_is_422_says_why_and_stores_nothing(
+    server: LiveServer, endless: LoadedModel
+) -> None:
+    before = server.client.get("/admin/tasks").json()
+    for config, embeddings, says in _bad_adapters(endless.spec.embedding_size):
+        files = [
+            ("file", ("adapter_config.json", json.dumps(config).encode())),
+            ("file", ("adapter_model.safetensors", save({"prompt_embeddings": embeddings}))),
+        ]
+        answer = server.client.put("/admin/tasks/short", files=files)
+        status, error_type, message = refusal(answer)
+        assert (status, error_type, says in message) == (422, "invalid_prefix", True), message
+    assert server.client.get("/admin/tasks").json() == before
+
+
+def test_an_upload_cut_half_way_stores_nothing(
+    server: LiveServer, prefixes: dict[str, Prefix]
+) -> None:
+    before = server.client.get("/admin/tasks").json()
+    files = {"file": ("f", prefixes["long"].to_bytes())}
+    whole = server.client.build_request("PUT", "/admin/tasks/short", files=files)
+    lines = [f"{name}: {value}" for name, value in whole.headers.items()]
+    head = "\r\n".join(["PUT /admin/tasks/short HTTP/1.1", *lines, "", ""]).encode()
+    body = whole.read()
+    address = (whole.url.host, whole.url.port or 80)
+    for sent in (1, len(body) // 2, len(body) - 1):
+        with socket.create_connection(address, timeout=30) as connection:
+            connection.sendall(head + body[:sent])
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):  # until the server has closed it too
+                pass
+    assert server.client.get("/admin/tasks").json() == before
 
 
 def test_a_bad_upload_is_422_says_why_and_stores_nothing(
@@ -311,11 +366,11 @@ def test_a_wrong_form_of_upload_is_refused(
     assert server.client.get("/admin/tasks/bad").status_code == 404
 
 
-@pytest.mark.parametrize("name", ["a b", ".hidden", "x" * 129, "é"])
+@pytest.mark.parametrize("name", ["a b", ".hidden", "x" * 129, "é", "a\n", "\x00", "a\x7f", "a\\b"])
 def test_a_wrong_task_name_is_422_everywhere(
     server: LiveServer, prefixes: dict[str, Prefix], name: str
 ) -> None:
-    url = httpx.URL(server.url).copy_with(path=f"/admin/tasks/{name}")
+    url = f"{server.url}/admin/tasks/{quote(name)}"
     upload = {"file": prefixes["short"].to_bytes()}
     answers = [
         server.client.put(url, files=upload),
@@ -327,6 +382,20 @@ def test_a_wrong_task_name_is_422_everywhere(
         status, kind, message = refusal(answer)
         assert (status, kind) == (422, "validation")
         assert "task_id" in message
+
+
+@pytest.mark.parametrize("name", ["a/b", "a%2Fb", "../short", "", "/", "x" * 1_000_000])
+def test_a_name_that_is_no_path_segment_stores_nothing(
+    server: LiveServer, prefixes: dict[str, Prefix], name: str
+) -> None:
+    before = server.client.get("/admin/tasks").json()
+    upload = {"file": prefixes["middle"].to_bytes()}
+    request = server.client.build_request("PUT", server.url, files=upload)
+    # Sent as it is: a client would take `..` out.
+    request.extensions["target"] = f"/admin/tasks/{name}".encode()
+    answer = server.client.send(request)
+    assert 400 <= answer.status_code < 500, answer.status_code
+    assert server.client.get("/admin/tasks").json() == before
 
 
 def test_missing_tasks_are_404(server: LiveServer) -> None:
