@@ -144,7 +144,7 @@ def test_the_hand_written_artefact_is_good() -> None:
         pytest.param(artefact(metadata={"format": "pt"}), "not a prefix", id="others' metadata"),
         pytest.param(artefact(metadata={METADATA_KEY: "{"}), "not JSON", id="metadata not JSON"),
         pytest.param(
-            artefact(metadata={METADATA_KEY: "[]"}), "not a JSON object", id="metadata a list"
+            artefact(metadata={METADATA_KEY: "[]"}), "not a JSON obj", id="metadata a list"
         ),
         pytest.param(artefact(format="prefixserve/9"), "format 'prefixserve/1'", id="format"),
         pytest.param(artefact(colour="red"), "colour.*; expected", id="metadata too many"),

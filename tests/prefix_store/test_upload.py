@@ -19,10 +19,11 @@ from peft import (
 )
 from safetensors.torch import save
 
+from prefix_store.artefact import Artefact
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.errors import IncompatiblePrefixError, InvalidPrefixError
 from prefix_store.model_loading import LoadedModel
-from prefix_store.prefix import Prefix
+from prefix_store.prefix import Prefix, version_of
 from prefix_store.soft_prompt import SoftPrompt
 from prefix_store.upload import read_upload
 from tests.prefix_store.examples import (
@@ -59,9 +60,11 @@ def pair(folder: Path) -> list[tuple[str, bytes]]:
 
 def prefix_of(files: list[tuple[str, bytes]], spec: BaseModelSpec) -> Prefix:
     """An upload that needs no model."""
-    prefix = read_upload(files, spec)
-    assert isinstance(prefix, Prefix)
-    return prefix
+    upload = read_upload(files, spec)
+    assert isinstance(upload, Artefact)
+    assert upload.version == version_of(upload.data)
+    assert Prefix.from_bytes(upload.data).prefix_length == upload.prefix.prefix_length
+    return upload.prefix
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
