@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from prefix_store.collector import collecting
 from prefix_store.directory import TaskDirectory
 from prefix_store.embedded import EmbeddedValkey
 from prefix_store.errors import IncompatiblePrefixError
@@ -67,6 +68,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
         engine = NativeEngine(loaded, config, metrics.observe_step)
         stack.push_async_callback(engine.close)
         metrics.watch_engine(engine.stats)
+        await stack.enter_async_context(collecting(store))
         directory = TaskDirectory(
             store,
             lookup_seconds=settings.store_timeout_seconds,

@@ -65,16 +65,21 @@ class Blobs:
         with memoryview(data) as view:
             start = index * blob.chunk_bytes
             with view[start : start + blob.chunk_bytes] as chunk:
-                await self._client.set(blob.key(index), chunk, ex=self._upload_seconds)
+                # Never over one that is there: a command sent again must not undo `seal`.
+                await self._client.set(blob.key(index), chunk, ex=self._upload_seconds, nx=True)
 
     async def seal(self, blob: Blob) -> None:
-        """Keep the chunks of a pending blob for good: the last step before it is stored.
+        """Keep the chunks of a pending blob for good: after all are written, before it is stored.
+
+        Nothing is written any more, so that whoever condemns the blob from now on deletes them all.
 
         Raises:
-            CondemnedError: a chunk is gone.
+            CondemnedError: the blob is no longer pending.
         """
+        if await self._client.zscore(layout.PENDING, blob.name) is None:
+            raise CondemnedError
         for key in blob.keys:
-            if not await self._client.persist(key):
+            if not await self._client.persist(key) and not await self._client.exists(key):
                 raise CondemnedError
 
     async def stored(self, version: str) -> Blob:
