@@ -46,7 +46,7 @@ READY_SECONDS = 60
 
 
 @contextmanager
-def running_server() -> Iterator[str]:
+def running_server(*flags: str) -> Iterator[str]:
     """A server process with the default model; its address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -54,7 +54,7 @@ def running_server() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as data_dir:
         (Path(data_dir) / "models").symlink_to(ROOT / ".cache" / "models")
         command = [sys.executable, "-m", "clients", "serve", "--port", str(port)]
-        command += ["--data-dir", data_dir, "--no-demo-tasks", "--log-level", "warning"]
+        command += ["--data-dir", data_dir, "--no-demo-tasks", "--log-level", "warning", *flags]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             url = f"http://127.0.0.1:{port}"
