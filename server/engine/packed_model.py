@@ -1,8 +1,8 @@
-"""The layers of a Llama-shaped model as packed, fused matrix products for the CPU."""
+"""The layers of a Llama-shaped model as packed, fused matrices for the CPU kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.engine.kernels import MAX_HEAD_DIM, MAX_QUERIES
+from server.engine.kernels import LANES, MAX_HEAD_DIM, MAX_QUERIES, structures
+from server.engine.packed_matrix import PackedMatrix, pack_linears
 
 _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
-
-Linear = Callable[[torch.Tensor], torch.Tensor]
-"""`[rows, in]` to `[rows, out]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +21,20 @@ class PackedLayer:
     """One decoder layer: projections that share an input are one product."""
 
     input_norm: torch.Tensor
-    qkv: Linear
-    output: Linear
+    qkv: PackedMatrix
+    output: PackedMatrix
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: PackedMatrix
+    down: PackedMatrix
+
+    @property
+    def structure(self) -> structures.Layer:
+        """What the kernels take; valid while this object lives."""
+        return structures.Layer(
+            self.input_norm.data_ptr(),
+            self.mlp_norm.data_ptr(),
+            *(m.structure for m in (self.qkv, self.output, self.gate_up, self.down)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,7 @@ class PackedModel:
     embedding: torch.Tensor
     layers: tuple[PackedLayer, ...]
     norm: torch.Tensor
-    head: Linear
+    head: PackedMatrix
     cosine: torch.Tensor
     sine: torch.Tensor
     epsilon: float
@@ -53,38 +60,64 @@ class PackedModel:
     kv_heads: int
     head_dim: int
 
+    @property
+    def structure(self) -> structures.Model:
+        """What the kernels take; valid while this object lives."""
+        layers = (structures.Layer * len(self.layers))(*(layer.structure for layer in self.layers))
+        return structures.Model(
+            ctypes.cast(layers, ctypes.POINTER(structures.Layer)),
+            self.norm.data_ptr(),
+            self.cosine.data_ptr(),
+            self.sine.data_ptr(),
+            len(self.layers),
+            self.hidden_size,
+            self.num_heads,
+            self.kv_heads,
+            self.head_dim,
+            self.epsilon,
+            self.scale,
+        )
 
-def pack(model: PreTrainedModel, positions: int) -> PackedModel | None:
+
+def pack(model: PreTrainedModel, positions: int, *, int8: bool = False) -> PackedModel | None:
     """Pack a model that is built like Llama; None for any other.
 
     Structure decides: RMS norms, rotary positions on whole heads, grouped queries, a SiLU gate.
     Whether the result computes the same is for the caller to check, for a config may scale
     something that structure does not show.
+
+    Args:
+        positions: how many the rotary tables cover.
+        int8: quantise every matrix to 8 bits.
     """
     decoder = getattr(model, "model", None)
     if decoder is None or not _is_llama_shaped(decoder):
         return None
-    config = model.config
-    attention = decoder.layers[0].self_attn
+    attention, mlp = decoder.layers[0].self_attn, decoder.layers[0].mlp
     head_dim = attention.head_dim
     num_heads = attention.q_proj.out_features // head_dim
     kv_heads = attention.k_proj.out_features // head_dim
     where = torch.arange(positions, device=model.device)[None]
     cosine, sine = decoder.rotary_emb(torch.zeros(1, device=model.device), where)
-    fits = head_dim <= MAX_HEAD_DIM and num_heads // kv_heads <= MAX_QUERIES
-    if cosine.shape[-1] != head_dim or not fits:
+    fits = head_dim <= MAX_HEAD_DIM and head_dim % LANES == 0
+    fits = fits and num_heads // kv_heads <= MAX_QUERIES and cosine.shape[-1] == head_dim
+    # Rows are read two bfloat16 at a time.
+    if not fits or model.config.hidden_size % 2 or mlp.gate_proj.out_features % 2:
         return None
     return PackedModel(
         embedding=decoder.embed_tokens.weight,
-        layers=tuple(_pack_layer(layer) for layer in decoder.layers),
+        layers=tuple(_pack_layer(layer, int8=int8) for layer in decoder.layers),
         norm=decoder.norm.weight,
-        head=_packed([model.get_output_embeddings()]),  # type: ignore[no-untyped-call]
-        cosine=cosine[0].contiguous(),
-        sine=sine[0].contiguous(),
+        head=pack_linears(
+            [model.get_output_embeddings()],  # type: ignore[no-untyped-call]
+            int8=int8,
+        ),
+        cosine=cosine[0].float().contiguous(),
+        sine=sine[0].float().contiguous(),
         epsilon=decoder.norm.variance_epsilon,
         scale=attention.scaling,
-        hidden_size=config.hidden_size,
-        intermediate_size=decoder.layers[0].mlp.gate_proj.out_features,
+        hidden_size=model.config.hidden_size,
+        intermediate_size=mlp.gate_proj.out_features,
         num_heads=num_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -117,33 +150,14 @@ def _has_children(module: nn.Module, *names: str) -> bool:
     return {name for name, _ in module.named_children()} == set(names)
 
 
-def _pack_layer(layer: Any) -> PackedLayer:
+def _pack_layer(layer: Any, *, int8: bool) -> PackedLayer:
     attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     return PackedLayer(
         input_norm=layer.input_layernorm.weight,
-        qkv=_packed([attention.q_proj, attention.k_proj, attention.v_proj]),
-        output=_packed([attention.o_proj]),
+        qkv=pack_linears(projections, int8=int8),
+        output=pack_linears([attention.o_proj], int8=int8),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=_packed([mlp.gate_proj, mlp.up_proj]),
-        down=_packed([mlp.down_proj]),
+        gate_up=pack_linears([mlp.gate_proj, mlp.up_proj], int8=int8, gated=True),
+        down=pack_linears([mlp.down_proj], int8=int8),
     )
-
-
-def _packed(linears: list[Any]) -> Linear:
-    """One product for linears of the same input, its weights in oneDNN's own layout."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [linear.bias for linear in linears]
-    bias = None
-    if any(b is not None for b in biases):
-        zeros = [weight.new_zeros(linear.out_features) for linear in linears]
-        bias = torch.cat(
-            [z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)]
-        )
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    product = torch.ops.mkldnn._linear_pointwise.default
-
-    def linear(rows: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = product(rows, packed, bias, "none", [], "")
-        return result
-
-    return linear

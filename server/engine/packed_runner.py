@@ -1,4 +1,4 @@
-"""Forward passes over packed weights with this project's own CPU kernels."""
+"""Forward passes over packed weights by this project's own CPU kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from prefix_store.model_loading import LoadedModel
-from server.engine.kernels import MAX_QUERIES, AttentionArguments, Kernels, kernels_for
+from server.engine.kernels import MAX_QUERIES, Kernels, kernels_for, structures
+from server.engine.packed_matrix import QuantizedRoom, project
 from server.engine.packed_model import PackedModel, pack
 from server.engine.protocol import GenerationRequest, SamplingParams
 from server.engine.scheduler import SlotMove, Span
@@ -42,6 +43,8 @@ class PackedRunner:
         # reached yet stays with the operating system.
         self._keys = torch.empty(shape, dtype=self._dtype)
         self._values = torch.empty(shape, dtype=self._dtype)
+        self._structure = model.structure
+        self._threads = torch.get_num_threads()
         self._most_rows = max(
             1, min(_SHARING_ROWS, MAX_QUERIES * model.kv_heads // model.num_heads)
         )
@@ -61,144 +64,100 @@ class PackedRunner:
         """See `Runner.forward`."""
         # Neighbours of one prefix share its reads.
         order = sorted(range(len(spans)), key=lambda i: id(spans[i].sequence.prefix))
-        step = _Step.of([spans[i] for i in order])
-        hidden = self._layers(step)
+        rows = _Rows.of([spans[i] for i in order])
+        hidden = self._layers(rows)
         inverse = torch.tensor(order).argsort()
-        last = (step.ends - 1)[inverse]
-        return self._model.head(hidden[last])
+        last = (rows.ends - 1)[inverse]
+        return project(self._kernels.project, self._model.head, hidden[last], self._threads)
 
-    def _layers(self, step: _Step) -> torch.Tensor:
+    def _layers(self, rows: _Rows) -> torch.Tensor:
         """The final norm's output, `[rows, hidden_size]`."""
-        model, kernels, rows = self._model, self._kernels, step.rows
-        residual = torch.nn.functional.embedding(step.token_ids, model.embedding)
-        normed = torch.empty_like(residual)
-        mixed = torch.empty(rows, model.num_heads * model.head_dim, dtype=self._dtype)
-        gated = torch.empty(rows, model.intermediate_size, dtype=self._dtype)
-        attention = self._attention_arguments(step, mixed)
-        rows_per_task = self._rows_per_task(rows)
-        delta: torch.Tensor | None = None
-
-        def add_and_norm(weight: torch.Tensor) -> None:
-            kernels.add_rms_norm(
-                residual.data_ptr(),
-                None if delta is None else delta.data_ptr(),
-                weight.data_ptr(),
-                normed.data_ptr(),
-                rows,
-                model.hidden_size,
-                model.epsilon,
-            )
-
-        for index, layer in enumerate(model.layers):
-            add_and_norm(layer.input_norm)
-            qkv = layer.qkv(normed)
-            self._rotate_and_store(index, qkv, step)
-            attention.queries = qkv.data_ptr()
-            attention.keys = self._keys[index].data_ptr()
-            attention.values = self._values[index].data_ptr()
-            attention.layer = index
-            kernels.attention(ctypes.byref(attention), rows_per_task, step.tasks.data_ptr())
-            delta = layer.output(mixed)
-            add_and_norm(layer.mlp_norm)
-            gate_up = layer.gate_up(normed)
-            kernels.silu_multiply(
-                gate_up.data_ptr(), gated.data_ptr(), rows, model.intermediate_size
-            )
-            delta = layer.down(gated)
-        add_and_norm(model.norm)
-        return normed
-
-    def _rotate_and_store(self, index: int, qkv: torch.Tensor, step: _Step) -> None:
-        model, keys = self._model, self._keys
-        self._kernels.rotate_and_store(
-            qkv.data_ptr(),
-            model.cosine.data_ptr(),
-            model.sine.data_ptr(),
-            keys[index].data_ptr(),
-            self._values[index].data_ptr(),
-            step.slots.data_ptr(),
-            step.indices.data_ptr(),
-            step.positions.data_ptr(),
-            step.rows,
-            model.num_heads,
-            model.kv_heads,
-            model.head_dim,
-            keys.stride(1),
-            keys.stride(2),
-        )
-
-    def _attention_arguments(self, step: _Step, output: torch.Tensor) -> AttentionArguments:
         model = self._model
-        return AttentionArguments(
-            output=output.data_ptr(),
-            slots=step.slots.data_ptr(),
-            lengths=step.lengths.data_ptr(),
-            prefix_keys=step.prefix_keys.data_ptr(),
-            prefix_values=step.prefix_values.data_ptr(),
-            prefix_lengths=step.prefix_lengths.data_ptr(),
-            rows=step.rows,
-            num_heads=model.num_heads,
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            query_stride=(model.num_heads + 2 * model.kv_heads) * model.head_dim,
+        hidden = torch.nn.functional.embedding(rows.token_ids, model.embedding)
+        normed = torch.empty_like(hidden)
+        work = _Work.of(model, rows.count, self._dtype)
+        step = structures.Step(
+            **{name: tensor.data_ptr() for name, tensor in rows.addressed.items()},
+            **{name: tensor.data_ptr() for name, tensor in work.addressed.items()},
+            residual=hidden.data_ptr(),
+            normed=normed.data_ptr(),
+            keys=self._keys.data_ptr(),
+            values=self._values.data_ptr(),
+            layer_stride=self._keys.stride(0),
             slot_stride=self._keys.stride(1),
             head_stride=self._keys.stride(2),
-            scale=model.scale,
+            quantized=work.quantized.structure,
+            rows=rows.count,
+            rows_per_group=self._rows_per_group(rows.count),
+            threads=self._threads,
         )
+        self._kernels.layers(ctypes.byref(self._structure), ctypes.byref(step))
+        return normed
 
-    def _rows_per_task(self, rows: int) -> int:
-        """Rows that share a prefix's reads: as many as leave every core several tasks."""
-        tasks = 4 * torch.get_num_threads()
-        return max(1, min(self._most_rows, rows * self._model.kv_heads // tasks))
+    def _rows_per_group(self, rows: int) -> int:
+        """Rows that share a prefix's reads: as many as leave every core several groups."""
+        groups = 4 * self._threads
+        return max(1, min(self._most_rows, rows * self._model.kv_heads // groups))
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """A step's rows, one per token; int64 tensors `[rows]` but for `ends` and `tasks`.
+class _Rows:
+    """A step's rows, one per token.
 
     Attributes:
-        indices: where in its slot a row's keys and values go.
-        lengths: positions of its slot that a row sees.
-        prefix_keys, prefix_values: addresses; the spans' sequences keep the tensors alive.
-        ends: `[spans]`, one past each span's last row.
-        tasks: scratch for the attention kernel.
+        token_ids: int64 `[rows]`.
+        ends: int64 `[spans]`, one past each span's last row.
+        addressed: int64 `[rows]` each, by their names in `structures.Step`. Of a row: its slot,
+            `positions` in the text, `indices` in its slot, `lengths` of its slot that it sees, and
+            its prefix, whose tensors the spans' sequences keep.
     """
 
-    rows: int
+    count: int
     token_ids: torch.Tensor
-    slots: torch.Tensor
-    positions: torch.Tensor
-    indices: torch.Tensor
-    lengths: torch.Tensor
-    prefix_keys: torch.Tensor
-    prefix_values: torch.Tensor
-    prefix_lengths: torch.Tensor
     ends: torch.Tensor
-    tasks: torch.Tensor
+    addressed: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, spans: Rows[Span]) -> _Step:
+    def of(cls, spans: Rows[Span]) -> _Rows:
         sizes = torch.tensor([len(span.token_ids) for span in spans])
         ends = sizes.cumsum(0)
-        rows = int(ends[-1])
+        count = int(ends[-1])
         per_span = torch.tensor([_describe(span) for span in spans])
         slots, starts, keys, values, lengths = per_span.repeat_interleave(sizes, 0).T.contiguous()
-        positions = torch.arange(rows) - (ends - sizes).repeat_interleave(sizes) + starts
+        positions = torch.arange(count) - (ends - sizes).repeat_interleave(sizes) + starts
         indices = positions - lengths
         token_ids = list(itertools.chain.from_iterable(span.token_ids for span in spans))
-        return cls(
-            rows=rows,
-            token_ids=torch.tensor(token_ids),
-            slots=slots,
-            positions=positions,
-            indices=indices,
-            lengths=indices + 1,
-            prefix_keys=keys,
-            prefix_values=values,
-            prefix_lengths=lengths,
-            ends=ends,
-            tasks=torch.empty(2 * rows, dtype=torch.int64),
-        )
+        addressed = {
+            "slots": slots,
+            "positions": positions,
+            "indices": indices,
+            "lengths": indices + 1,
+            "prefix_keys": keys,
+            "prefix_values": values,
+            "prefix_lengths": lengths,
+            "groups": torch.empty(2 * count, dtype=torch.int64),
+        }
+        return cls(count, torch.tensor(token_ids), ends, addressed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Memory of one step, by its names in `structures.Step`."""
+
+    addressed: dict[str, torch.Tensor]
+    quantized: QuantizedRoom
+
+    @classmethod
+    def of(cls, model: PackedModel, rows: int, dtype: torch.dtype) -> _Work:
+        widths = {
+            "delta": model.hidden_size,
+            "qkv": (model.num_heads + 2 * model.kv_heads) * model.head_dim,
+            "mixed": model.num_heads * model.head_dim,
+            "gated": model.intermediate_size,
+        }
+        addressed = {name: torch.empty(rows, n, dtype=dtype) for name, n in widths.items()}
+        deepest = max(widths.values())
+        return cls(addressed, QuantizedRoom(rows, deepest))
 
 
 def _describe(span: Span) -> tuple[int, int, int, int, int]:

@@ -259,7 +259,7 @@ async def test_a_prefix_of_another_shape_never_reaches_the_model(tiny_llama: Loa
     spec = tiny_llama.spec
     wrong = torch.ones(spec.num_layers, spec.num_kv_heads + 1, 4, spec.head_dim)
     async with running(tiny_llama) as engine:
-        with pytest.raises(ValueError, match=r"\(2, 2, 4, 8\)"):
+        with pytest.raises(ValueError, match=r"\(2, 2, 4, 16\)"):
             await engine.load_prefix("bad", Prefix(wrong, wrong, "unchecked"))
 
 

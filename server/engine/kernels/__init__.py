@@ -14,23 +14,13 @@ from typing import cast
 
 import torch
 
+from server.engine.kernels.structures import INT, POINTER, Matrix, Model, Quantized, Step
+
+PANEL = 48
 MAX_QUERIES = 64
 MAX_HEAD_DIM = 256
+LANES = 16
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-class AttentionArguments(ctypes.Structure):
-    """`Attention` of kernels_typed.h."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("queries", "output", "keys", "values")),
-        *((name, _POINTER) for name in ("slots", "lengths")),
-        *((name, _POINTER) for name in ("prefix_keys", "prefix_values", "prefix_lengths")),
-        *((name, _INT) for name in ("layer", "rows", "num_heads", "kv_heads", "head_dim")),
-        *((name, _INT) for name in ("query_stride", "slot_stride", "head_stride")),
-        ("scale", _FLOAT),
-    )
 
 
 @functools.cache
@@ -46,7 +36,7 @@ def library() -> ctypes.CDLL | None:
 
 
 class Kernels:
-    """The kernels of one element type; arguments as in kernels_typed.h, tensors by address."""
+    """The kernels of one element type; arguments as in the C headers, tensors by address."""
 
     def __init__(self, compiled: ctypes.CDLL, dtype: torch.dtype) -> None:
         def kernel(name: str, *types: type) -> Callable[..., None]:
@@ -54,12 +44,10 @@ class Kernels:
             function.argtypes, function.restype = types, None
             return cast("Callable[..., None]", function)
 
-        attention = ctypes.POINTER(AttentionArguments)
-        self.attention = kernel("attention", attention, _INT, _POINTER)
-        self.rotate_and_store = kernel("rotate_and_store", *[_POINTER] * 8, *[_INT] * 6)
-        self.add_rms_norm = kernel("add_rms_norm", *[_POINTER] * 4, _INT, _INT, _FLOAT)
-        self.silu_multiply = kernel("silu_multiply", *[_POINTER] * 2, *[_INT] * 2)
-        self.argmax = kernel("argmax", *[_POINTER] * 3, *[_INT] * 2)
+        matrix, quantized = ctypes.POINTER(Matrix), ctypes.POINTER(Quantized)
+        self.layers = kernel("layers", ctypes.POINTER(Model), ctypes.POINTER(Step))
+        self.project = kernel("project", matrix, POINTER, INT, INT, POINTER, quantized, INT)
+        self.argmax = kernel("argmax", *[POINTER] * 3, *[INT] * 2)
 
 
 @functools.cache

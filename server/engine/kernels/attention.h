@@ -1,0 +1,233 @@
+/* Softmax attention of a step's rows over prefixes and slots, by running log-sum-exp. Typed. */
+
+#ifndef MAX_QUERIES
+/* Most queries that share keys and values, and positions worked on at a time. */
+#define MAX_QUERIES 64
+#define MAX_HEAD_DIM 256
+#define BLOCK 64
+
+/* Running softmax of queries over the keys seen so far. */
+typedef struct {
+  float query[MAX_QUERIES][MAX_HEAD_DIM]; /* scaled */
+  float sum[MAX_QUERIES][MAX_HEAD_DIM];
+  float top[MAX_QUERIES], weight[MAX_QUERIES];
+} State;
+
+#define PAIR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+
+/* Each 128-bit part of the result holds that part's sums of a, b, c, d. */
+INLINE v16 sum_parts(v16 a, v16 b, v16 c, v16 d) {
+#define EVENLY(x, y)                                                                           \
+  (PAIR(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +                      \
+   PAIR(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31))
+  const v16 ab = EVENLY(a, b), cd = EVENLY(c, d);
+#undef EVENLY
+  return PAIR(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+         PAIR(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+
+/* Part i of the result is the sum of the i-th vector's four parts. */
+INLINE v16 sum_of_parts(v16 a, v16 b, v16 c, v16 d) {
+#define HALVES(x, y)                                                                           \
+  (PAIR(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +                        \
+   PAIR(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+  const v16 ab = HALVES(a, b), cd = HALVES(c, d);
+#undef HALVES
+  return PAIR(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         PAIR(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+INLINE v16 larger(v16 a, v16 b) {
+  i16 more = a > b;
+  return (v16)(((i16)a & more) | ((i16)b & ~more));
+}
+
+INLINE float largest(v16 x) {
+  x = larger(x, PAIR(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = larger(x, PAIR(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  x = larger(x, PAIR(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  x = larger(x, PAIR(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  return x[0];
+}
+#endif
+
+/* scores[i] = `count` queries (at most 4) times 16 keys. */
+INLINE void NAME(score)(const float (*query)[MAX_HEAD_DIM], const int count, const T *keys,
+                        const int64_t head_dim, v16 *scores) {
+  v16 parts[4][4];
+#pragma GCC unroll 4
+  for (int four = 0; four < 4; four++) {
+    const T *key = keys + 4 * four * head_dim;
+    v16 sum[4][4] = {{{0}}};
+    for (int64_t d = 0; d < head_dim; d += 16) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        const v16 k = NAME(load16)(key + j * head_dim + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i++) sum[i][j] += load16_f32(query[i] + d) * k;
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++)
+      parts[i][four] = sum_parts(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < count; i++)
+    scores[i] = sum_of_parts(parts[i][0], parts[i][1], parts[i][2], parts[i][3]);
+}
+
+/* `count` queries (at most 4) from `first` on see `length` <= BLOCK more positions. */
+INLINE void NAME(see_block)(State *state, int64_t first, const int count, const T *keys,
+                            const T *values, int64_t length, const int64_t head_dim) {
+  const v16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  float scores[4][BLOCK];
+  T last[16 * MAX_HEAD_DIM];
+  for (int64_t j = 0; j < length; j += 16) {
+    const T *sixteen = keys + j * head_dim;
+    if (length - j < 16) { /* nothing is read beyond the last key */
+      memset(last, 0, sizeof(T) * 16 * head_dim);
+      memcpy(last, sixteen, sizeof(T) * (length - j) * head_dim);
+      sixteen = last;
+    }
+    v16 found[4];
+    NAME(score)(state->query + first, count, sixteen, head_dim, found);
+    const v16 left = (v16){0} + (float)(length - j);
+    const i16 real = lanes < left;
+    const v16 nothing = (v16){0} - INFINITY;
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) {
+      found[i] = (v16)(((i16)found[i] & real) | ((i16)nothing & ~real));
+      memcpy(scores[i] + j, &found[i], sizeof found[i]);
+    }
+  }
+  const int64_t padded = (length + 15) / 16 * 16;
+#pragma GCC unroll 4
+  for (int i = 0; i < count; i++) {
+    v16 tops = load16_f32(scores[i]);
+    for (int64_t j = 16; j < padded; j += 16) tops = larger(load16_f32(scores[i] + j), tops);
+    const float before = state->top[first + i], found = largest(tops);
+    const float top = found > before ? found : before;
+    const float keep = vector_exp(before - top);
+    float weight = 0.0f;
+#pragma omp simd reduction(+ : weight)
+    for (int64_t j = 0; j < padded; j++) {
+      const float share = scores[i][j] == -INFINITY ? 0.0f : vector_exp(scores[i][j] - top);
+      scores[i][j] = share;
+      weight += share;
+    }
+    state->top[first + i] = top;
+    state->weight[first + i] = state->weight[first + i] * keep + weight;
+    float *sum = state->sum[first + i];
+#pragma omp simd
+    for (int64_t d = 0; d < head_dim; d++) sum[d] *= keep;
+  }
+  for (int64_t d = 0; d < head_dim; d += 64) { /* as many sums as registers hold */
+    const int parts = head_dim - d < 64 ? (int)(head_dim - d) / 16 : 4;
+    v16 sums[4][4] = {{{0}}};
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++)
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++)
+        if (part < parts) sums[i][part] = load16_f32(state->sum[first + i] + d + 16 * part);
+    for (int64_t j = 0; j < length; j++) {
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++) {
+        if (part >= parts) break;
+        const v16 value = NAME(load16)(values + j * head_dim + d + 16 * part);
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i++) sums[i][part] += scores[i][j] * value;
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++)
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++)
+        if (part < parts)
+          memcpy(state->sum[first + i] + d + 16 * part, &sums[i][part], sizeof(v16));
+  }
+}
+
+/* Queries first .. last - 1 see `length` more positions. */
+INLINE void NAME(see)(State *state, int64_t first, int64_t last, const T *keys, const T *values,
+                      int64_t length, const int64_t head_dim) {
+  for (int64_t j = 0; j < length; j += BLOCK) {
+    const int64_t size = length - j < BLOCK ? length - j : BLOCK;
+    const T *k = keys + j * head_dim, *v = values + j * head_dim;
+    int64_t i = first;
+    for (; last - i >= 4; i += 4) NAME(see_block)(state, i, 4, k, v, size, head_dim);
+    switch (last - i) {
+      case 3: NAME(see_block)(state, i, 3, k, v, size, head_dim); break;
+      case 2: NAME(see_block)(state, i, 2, k, v, size, head_dim); break;
+      case 1: NAME(see_block)(state, i, 1, k, v, size, head_dim);
+    }
+  }
+}
+
+/* Rows first .. last - 1 of one slot: what all of them see, then what the later ones add. */
+INLINE void NAME(see_slot)(State *state, const Step *step, const T *keys, const T *values,
+                           int64_t first, int64_t last, int64_t base, int64_t group,
+                           const int64_t head_dim) {
+  const int64_t shared = step->lengths[first], end = (last - base) * group;
+  NAME(see)(state, (first - base) * group, end, keys, values, shared, head_dim);
+  for (int64_t row = first + 1; row < last; row++) {
+    const int64_t query = (row - base) * group;
+    NAME(see)
+    (state, query, query + group, keys + shared * head_dim, values + shared * head_dim,
+     step->lengths[row] - shared, head_dim);
+  }
+}
+
+/* Rows first .. last - 1, all of one prefix, for one key-value head. */
+INLINE void NAME(attend_rows)(const Model *model, const Step *step, int64_t layer, int64_t first,
+                              int64_t last, int64_t head, const int64_t head_dim) {
+  State state;
+  const int64_t heads = model->num_heads, group = heads / model->kv_heads;
+  const int64_t queries = (last - first) * group, width = (heads + 2 * model->kv_heads) * head_dim;
+  for (int64_t i = 0; i < queries; i++) {
+    const T *query = (const T *)step->qkv + (first + i / group) * width +
+                     (head * group + i % group) * head_dim;
+#pragma omp simd
+    for (int64_t d = 0; d < head_dim; d++) state.query[i][d] = LOAD(query[d]) * model->scale;
+    memset(state.sum[i], 0, sizeof(float) * head_dim);
+    state.top[i] = -INFINITY;
+    state.weight[i] = 0.0f;
+  }
+  const int64_t length = step->prefix_lengths[first];
+  const int64_t offset = (layer * model->kv_heads + head) * length * head_dim;
+  NAME(see)
+  (&state, 0, queries, (const T *)step->prefix_keys[first] + offset,
+   (const T *)step->prefix_values[first] + offset, length, head_dim);
+  for (int64_t row = first, end; row < last; row = end) {
+    for (end = row + 1; end < last && step->slots[end] == step->slots[row];) end++;
+    const int64_t at = layer * step->layer_stride + step->slots[row] * step->slot_stride +
+                       head * step->head_stride;
+    NAME(see_slot)
+    (&state, step, (const T *)step->keys + at, (const T *)step->values + at, row, end, first,
+     group, head_dim);
+  }
+  for (int64_t i = 0; i < queries; i++) {
+    T *output = (T *)step->mixed + ((first + i / group) * heads + head * group + i % group) *
+                                       head_dim;
+    const float share = 1.0f / state.weight[i];
+#pragma omp simd
+    for (int64_t d = 0; d < head_dim; d++) output[d] = STORE(state.sum[i][d] * share);
+  }
+}
+
+VECTOR void NAME(attend_group)(const Model *model, const Step *step, int64_t layer, int64_t first,
+                               int64_t last, int64_t head) {
+  switch (model->head_dim) { /* known sizes become straight vector code */
+    case 64: NAME(attend_rows)(model, step, layer, first, last, head, 64); break;
+    case 128: NAME(attend_rows)(model, step, layer, first, last, head, 128); break;
+    default: NAME(attend_rows)(model, step, layer, first, last, head, model->head_dim);
+  }
+}
+
+/* `groups`: first and last row of each group. */
+static void NAME(attention)(Team *team, const Model *model, const Step *step, int64_t layer,
+                            int64_t num_groups) {
+  SHARE(team, i, num_groups * model->kv_heads, {
+    const int64_t *group = step->groups + i / model->kv_heads * 2;
+    NAME(attend_group)(model, step, layer, group[0], group[1], i % model->kv_heads);
+  });
+}
