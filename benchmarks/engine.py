@@ -3,12 +3,14 @@
     python -m benchmarks.engine
 
 Sequences of E2E prompts generate 64 tokens each: without a prefix, all with one task's prefix, and
-each with its own task's. The matrix products are the same packed, fused ones, on as many rows.
+each with its own task's, and that once more with int8 weights. The matrix products alone are
+those of a step of as many rows, packed and fused: `matmul` by oneDNN, `own_matmul` by our kernels.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,11 +25,12 @@ from benchmarks.common import (
     random_prefix,
     report,
 )
+from benchmarks.products import Step, onednn_step, own_step
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.engine.core import EngineCore
 from server.engine.native import choose_runner
-from server.engine.packed_model import PackedModel, pack
+from server.engine.packed_model import pack
 from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams
 from server.engine.runner import Runner
 from server.engine.sequence import Sequence
@@ -55,44 +58,49 @@ def decode_rate(
 
 
 @torch.inference_mode()
-def matmul_rate(packed: PackedModel, rows: int, steps: int) -> float:
+def product_rate(step: Step, rows: int, steps: int) -> float:
     """Tokens per second if a step were its matrix products and nothing else."""
-    dtype = packed.embedding.dtype
-    hidden = torch.randn(rows, packed.hidden_size).to(dtype)
-    mixed = torch.randn(rows, packed.num_heads * packed.head_dim).to(dtype)
-    gated = torch.randn(rows, packed.intermediate_size).to(dtype)
     started = time.perf_counter()
     for _ in range(steps):
-        for layer in packed.layers:
-            layer.qkv(hidden)
-            layer.output(mixed)
-            layer.gate_up(hidden)
-            layer.down(gated)
-        packed.head(hidden)
+        step()
     return rows * steps / (time.perf_counter() - started)
 
 
-def measure(
-    loaded: LoadedModel,
-    runner: Runner,
-    packed: PackedModel | None,
-    *,
-    size: int,
-    rounds: int,
-    new: int,
-) -> dict[str, dict[str, float]]:
-    """Every kind of batch of `size` sequences, alternating."""
+def measures(
+    loaded: LoadedModel, runners: dict[str, Runner], *, size: int, new: int
+) -> dict[str, Callable[[], float]]:
+    """Every kind of batch of `size` sequences, and the products alone, by name."""
     prompt_ids = prompts(loaded, size)
     own = [random_prefix(loaded, PREFIX_LENGTH, seed) for seed in range(size)]
-    rate = partial(decode_rate, runner, prompt_ids, new=new)
-    measures = {
+    rate = partial(decode_rate, runners[""], prompt_ids, new=new)
+    found: dict[str, Callable[[], float]] = {
         "no_prefix": partial(rate, [None] * size),
         "one_task": partial(rate, [own[0]] * size),
         "own_task": partial(rate, list(own)),
     }
+    if "int8" in runners:
+        found["int8"] = partial(decode_rate, runners["int8"], prompt_ids, list(own), new)
+    packed = pack(loaded.model, MAX_LENGTH) if loaded.model.device.type == "cpu" else None
     if packed is not None:
-        measures["matmul"] = partial(matmul_rate, packed, size, new)
-    return alternate(rounds, measures)
+        found["matmul"] = partial(product_rate, onednn_step(loaded, size), size, new)
+        found["own_matmul"] = partial(product_rate, own_step(packed, size), size, new)
+    return found
+
+
+def ratios_of(medians: dict[str, float], size: int) -> dict[str, float]:
+    """The ratios of one size of batch."""
+    pairs = {
+        "mixed_vs_single": ("own_task", "one_task"),
+        "prefix_vs_none": ("own_task", "no_prefix"),
+        "vs_matmul": ("own_task", "matmul"),
+        "vs_own_matmul": ("own_task", "own_matmul"),
+        "int8_vs_bfloat16": ("int8", "own_task"),
+    }
+    return {
+        f"{name}_{size}": medians[over] / medians[under]
+        for name, (over, under) in pairs.items()
+        if over in medians and under in medians
+    }
 
 
 def main() -> None:
@@ -101,19 +109,18 @@ def main() -> None:
     sizes, new = ((2,), 4) if options.smoke else ((1, 8, 32, 64), NEW_TOKENS)
     rounds = 1 if options.smoke else options.rounds
     loaded = load_model()
-    runner = choose_runner(loaded, MAX_SLOTS, MAX_LENGTH)
-    packed = pack(loaded.model, MAX_LENGTH) if loaded.model.device.type == "cpu" else None
-    results, ratios = {}, {}
+    runners = {"": choose_runner(loaded, MAX_SLOTS, MAX_LENGTH)}
+    if loaded.model.device.type == "cpu":
+        runners["int8"] = choose_runner(loaded, MAX_SLOTS, MAX_LENGTH, int8=True)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    ratios: dict[str, float] = {}
     for size in sizes:
-        rates = measure(loaded, runner, packed, size=size, rounds=rounds, new=new)
+        rates = alternate(rounds, measures(loaded, runners, size=size, new=new))
         medians = {name: rate["median"] for name, rate in rates.items()}
         results[str(size)] = rates
+        ratios |= ratios_of(medians, size)
         if not options.json:
             print(f"{size:3} sequences: " + ", ".join(f"{n} {r:.0f}" for n, r in medians.items()))
-        ratios[f"mixed_vs_single_{size}"] = medians["own_task"] / medians["one_task"]
-        ratios[f"prefix_vs_none_{size}"] = medians["own_task"] / medians["no_prefix"]
-        if packed is not None:
-            ratios[f"vs_matmul_{size}"] = medians["own_task"] / medians["matmul"]
     report("engine", results, ratios)
 
 

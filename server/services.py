@@ -64,6 +64,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
             max_length=settings.max_length,
             prefill_tokens=settings.prefill_tokens,
             max_waiting=settings.max_waiting,
+            quantize=settings.quantize,
         )
         engine = NativeEngine(loaded, config, metrics.observe_step)
         stack.push_async_callback(engine.close)

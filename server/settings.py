@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from prefix_store.model_loading import DEFAULT_MODEL
+from server.engine.protocol import Quantize
 from server.errors import StartupError
 
 ENV_PREFIX = "PREFIXSERVE_"
@@ -65,6 +66,9 @@ class Settings(BaseSettings):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Numbers the model computes in; auto takes bfloat16 where the hardware has it."""
+
+    quantize: Quantize = "none"
+    """Numbers the weights are kept in; int8 on a CPU is faster and a little less faithful."""
 
     redis_url: str | None = Field(
         default=None, pattern=r"^(redis|rediss|unix)://", repr=False, max_length=2048

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Self
 
 from prefix_store.base_model import BaseModelSpec
+from prefix_store.errors import ModelLoadError
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from prefix_store.soft_prompt import SoftPrompt
@@ -94,7 +95,7 @@ class NativeEngine:
         max_length = min(config.max_length, loaded.spec.max_positions)
         self._config = replace(config, max_length=max_length)
         self._on_step = on_step
-        runner = choose_runner(loaded, config.max_slots, max_length)
+        runner = choose_runner(loaded, config.max_slots, max_length, int8=config.quantize == "int8")
         self._core = EngineCore(runner, self._config, eos_token_ids(loaded))
         self._stats = self._core.stats
         self._loop = asyncio.get_running_loop()
@@ -309,9 +310,21 @@ def _carry_out(work: Callable[[], None], done: Future[None]) -> None:
         done.set_result(None)
 
 
-def choose_runner(loaded: LoadedModel, max_slots: int, max_length: int) -> Runner:
-    """The fast runner where the model's structure and the machine allow, else the general one."""
-    packed = packed_runner(loaded, max_slots, max_length)
+def choose_runner(
+    loaded: LoadedModel, max_slots: int, max_length: int, *, int8: bool = False
+) -> Runner:
+    """The fast runner where the model's structure and the machine allow, else the general one.
+
+    Raises:
+        ModelLoadError: `int8` and only the general runner can serve it, or no runner can.
+    """
+    packed = packed_runner(loaded, max_slots, max_length, int8=int8)
+    if packed is None and int8:
+        raise ModelLoadError(
+            f"{loaded.spec.name} cannot run with int8 weights here: that needs a model built like "
+            f"Llama, on a CPU (it is on {loaded.model.device}), with the kernels compiled; start "
+            "without --quantize"
+        )
     return packed or TransformersRunner(loaded, max_slots, max_length)
 
 

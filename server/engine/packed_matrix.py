@@ -105,9 +105,7 @@ def _panels(weight: torch.Tensor) -> torch.Tensor:
     return split.permute(0, 2, 1, 3).contiguous()
 
 
-def project(
-    kernel: Any, matrix: PackedMatrix, rows: torch.Tensor, threads: int
-) -> torch.Tensor:
+def project(kernel: Any, matrix: PackedMatrix, rows: torch.Tensor, threads: int) -> torch.Tensor:
     """`rows [count, depth]` times the matrix, `[count, columns]`, by `Kernels.project`."""
     count = len(rows)
     result = torch.empty(count, matrix.columns, dtype=rows.dtype)

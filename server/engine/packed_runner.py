@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _SHARING_ROWS = 8
 # Relative error of the logits; anything that is left out or scaled is off by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+_INT8_TOLERANCE = 5e-1
 
 
 class PackedRunner:
@@ -169,8 +170,10 @@ def _describe(span: Span) -> tuple[int, int, int, int, int]:
     return sequence.slot, span.start, keys, values, prefix.prefix_length
 
 
-def packed_runner(loaded: LoadedModel, max_slots: int, max_length: int) -> PackedRunner | None:
-    """The packed runner where it serves `loaded` exactly, else None."""
+def packed_runner(
+    loaded: LoadedModel, max_slots: int, max_length: int, *, int8: bool = False
+) -> PackedRunner | None:
+    """The packed runner where it serves `loaded` exactly (but for `int8` weights), else None."""
     model = loaded.model
     if model.device.type != "cpu" or model.dtype not in _TOLERANCE:
         return None
@@ -181,16 +184,18 @@ def packed_runner(loaded: LoadedModel, max_slots: int, max_length: int) -> Packe
             "Debian: apt-get install gcc) and install prefixserve again"
         )
         return None
-    packed = pack(model, max_length)
+    packed = pack(model, max_length, int8=int8)
     if packed is None:
         return None
     runner = PackedRunner(packed, kernels, max_slots, max_length)
-    return runner if _computes_the_same(runner, loaded, min(32, max_length)) else None
+    tolerance = _INT8_TOLERANCE if int8 else _TOLERANCE[model.dtype]
+    same = _error_of_logits(runner, loaded, min(32, max_length)) < tolerance
+    return runner if same else None
 
 
 @torch.inference_mode()
-def _computes_the_same(runner: PackedRunner, loaded: LoadedModel, length: int) -> bool:
-    """Whether the logits after `length` tokens are the model's own, to its dtype's precision.
+def _error_of_logits(runner: PackedRunner, loaded: LoadedModel, length: int) -> float:
+    """How far the logits after `length` tokens are from the model's own, relative to their norm.
 
     A config can scale embeddings, residuals or norms in ways that the structure does not show.
     """
@@ -200,5 +205,4 @@ def _computes_the_same(runner: PackedRunner, loaded: LoadedModel, length: int) -
     sequence = Sequence(GenerationRequest("check", token_ids, SamplingParams(1)), None, slot=0)
     found = runner.forward([Span(sequence, 0, token_ids)])[0].float()
     expected = loaded.model(torch.tensor([token_ids])).logits[0, -1].float()
-    error = (found - expected).norm() / expected.norm()
-    return bool(error < _TOLERANCE[loaded.model.dtype])
+    return float((found - expected).norm() / expected.norm())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.prefix import Prefix
@@ -119,6 +119,9 @@ StepObserver = Callable[[StepStats], None]
 """Called on the engine's thread after each step; must be quick and must not raise."""
 
 
+Quantize = Literal["none", "int8"]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Sizes of an engine.
@@ -128,12 +131,14 @@ class EngineConfig:
         max_length: positions per slot; lowered to what the model has positions for.
         prefill_tokens: most prompt tokens computed in one step.
         max_waiting: requests that may wait for a slot; more are refused.
+        quantize: the weights' numbers; int8 is faster and a little less faithful, on a CPU.
     """
 
     max_slots: int = 64
     max_length: int = 2048
     prefill_tokens: int = 256
     max_waiting: int = 512
+    quantize: Quantize = "none"
 
 
 class EngineError(Exception):

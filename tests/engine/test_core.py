@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from prefix_store.base_model import BaseModelSpec
+from prefix_store.errors import ModelLoadError
 from prefix_store.model_loading import DEFAULT_MODEL, LoadedModel, load_base_model
 from prefix_store.prefix import Prefix
 from server.engine.core import EngineCore
@@ -25,8 +26,10 @@ from server.engine.protocol import (
     SamplingParams,
     TokenEvent,
 )
-from server.engine.runner import TransformersRunner
+from server.engine.runner import Runner, TransformersRunner
+from server.engine.scheduler import Span
 from server.engine.sequence import Sequence
+from tests.conftest import tiny_model
 from tests.engine.reference import greedy, random_prefix
 
 CONFIG = EngineConfig(max_slots=3, max_length=80, prefill_tokens=16)
@@ -54,15 +57,19 @@ class Plan:
         return random_prefix(loaded, self.prefix_length, seed=self.prefix_length)
 
 
-def new_core(loaded: LoadedModel, *, general: bool = False) -> EngineCore:
+def new_core(loaded: LoadedModel, *, general: bool = False, int8: bool = False) -> EngineCore:
     """A core on the runner the engine would choose, or on the general one."""
-    runner = (TransformersRunner if general else choose_runner)(loaded, 3, 80)
+    runner = (
+        TransformersRunner(loaded, 3, 80) if general else choose_runner(loaded, 3, 80, int8=int8)
+    )
     return EngineCore(runner, CONFIG, eos_token_ids(loaded))
 
 
-def run(loaded: LoadedModel, plans: list[Plan], *, general: bool = False) -> list[list[TokenEvent]]:
+def run(
+    loaded: LoadedModel, plans: list[Plan], *, general: bool = False, int8: bool = False
+) -> list[list[TokenEvent]]:
     """Every plan's events, with arrivals and cancellations at their steps."""
-    core = new_core(loaded, general=general)
+    core = new_core(loaded, general=general, int8=int8)
     events: list[list[TokenEvent]] = [[] for _ in plans]
     step = 0
     while core.has_work or any(plan.arrives_at >= step for plan in plans):
@@ -112,6 +119,33 @@ def test_the_general_runner_serves_what_the_fast_one_does(
     tiny_llama: LoadedModel, plans: list[Plan]
 ) -> None:
     check_greedy(tiny_llama, plans, run(tiny_llama, plans, general=True))
+
+
+def test_int8_stays_near_the_model_alone_and_in_a_batch(smollm2: LoadedModel) -> None:
+    runner = choose_runner(smollm2, 3, 80, int8=True)
+    texts = ("The quick brown fox jumps over", "Once upon a time", "name[The Eagle], food[French]")
+    prompts = [tuple(smollm2.tokenizer(text)["input_ids"]) for text in texts]
+    for prompt, found in zip(prompts, forward(runner, prompts), strict=True):
+        alone = forward(runner, [prompt])[0]
+        expected = forward(choose_runner(smollm2, 1, 80), [prompt])[0]
+        # Sums are rounded differently in a batch, and 8 bits turn some of that into a step.
+        assert (found - alone).norm() < 0.1 * expected.norm()
+        assert (found - expected).norm() < 0.25 * expected.norm()
+
+
+def forward(runner: Runner, prompts: list[tuple[int, ...]]) -> torch.Tensor:
+    """Logits after each prompt, computed in one step."""
+    spans = []
+    for slot, prompt in enumerate(prompts):
+        request = GenerationRequest(str(slot), prompt, SamplingParams(1))
+        spans.append(Span(Sequence(request, None, slot=slot), 0, prompt))
+    with torch.inference_mode():
+        return runner.forward(spans).float()
+
+
+def test_int8_is_refused_where_only_the_general_runner_serves() -> None:
+    with pytest.raises(ModelLoadError, match="start without --quantize"):
+        choose_runner(tiny_model("gpt2"), 2, 16, int8=True)
 
 
 def check_greedy(loaded: LoadedModel, plans: list[Plan], found: list[list[TokenEvent]]) -> None:

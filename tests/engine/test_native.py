@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -236,10 +237,20 @@ async def test_close_drains_running_requests_and_refuses_new(tiny_llama: LoadedM
 
 
 async def test_close_without_time_ends_running_requests(tiny_llama: LoadedModel) -> None:
-    engine = NativeEngine(tiny_llama, CONFIG)
+    stepped, told = threading.Event(), threading.Event()
+
+    def stand_still(_: StepStats) -> None:
+        stepped.set()
+        told.wait(timeout=10)
+
+    engine = NativeEngine(tiny_llama, CONFIG, on_step=stand_still)
     stream = engine.submit(GenerationRequest("a", (9, 10), ENDLESS))
-    await stream.__anext__()
-    await engine.close()
+    await asyncio.to_thread(stepped.wait, 10)
+    closing = asyncio.create_task(engine.close())
+    while engine._commands.empty():
+        await asyncio.sleep(0)
+    told.set()
+    await closing
     with pytest.raises(EngineFailedError, match="shutting down"):
         await tokens(stream)
 

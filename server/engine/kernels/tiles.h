@@ -81,11 +81,17 @@ GENERIC_TILE(int8, int32_t, product_int8)
 #define TO_FLOAT(sum) (sum)
 #include "tile_avx512.h"
 
+/* As _mm512_dpbusd_epi32, for which GCC 12 copies every sum to another register and back. */
+INLINE AVX512(",avx512vnni") __m512i add_product_int8(__m512i sum, __m512i x, __m512i y) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+  return sum;
+}
+
 #define KIND int8
 #define FEATURES ",avx512vnni"
 #define SUM __m512i
 #define START(offsets) (_mm512_loadu_si512(offsets))
-#define ADD_PRODUCT(sum, x, y) _mm512_dpbusd_epi32(sum, x, y)
+#define ADD_PRODUCT(sum, x, y) add_product_int8(sum, x, y)
 #define TO_FLOAT(sum) _mm512_cvtepi32_ps(sum)
 #include "tile_avx512.h"
 
