@@ -29,8 +29,9 @@ class CacheObserver(Protocol):
     def loaded(self, seconds: float) -> None:
         """A load succeeded after so many seconds, the wait for room not counted."""
 
-    def occupied(self, nbytes: int, prefixes: int, waiting: int) -> None:
-        """So many bytes in so many prefixes are loaded or loading; so many wait for room."""
+    def occupied(self, nbytes: int, pinned: int, prefixes: int, waiting: int) -> None:
+        """So many bytes, and so many of them pinned, in so many prefixes are loaded or loading; so
+        many more wait for room."""
 
 
 class SilentObserver:
@@ -48,7 +49,7 @@ class SilentObserver:
     def loaded(self, seconds: float) -> None:
         """Nothing."""
 
-    def occupied(self, nbytes: int, prefixes: int, waiting: int) -> None:
+    def occupied(self, nbytes: int, pinned: int, prefixes: int, waiting: int) -> None:
         """Nothing."""
 
 
@@ -101,6 +102,16 @@ class PrefixCache(Generic[T]):
         self._used_bytes = 0
         self._idle_bytes = 0
         self._pinned_bytes = 0
+
+    @property
+    def max_bytes(self) -> int:
+        """The budget."""
+        return self._max_bytes
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """What is pinned now."""
+        return frozenset(self._pinned)
 
     def check_fits(self, nbytes: int) -> None:
         """Refuse what could never be loaded.
@@ -156,12 +167,14 @@ class PrefixCache(Generic[T]):
             raise
         self._pinned[version] = nbytes
         self._pinned_bytes += nbytes
+        self._report()
 
     def unpin(self, version: str) -> None:
         """Undo `pin`; a version that is not pinned is ignored."""
         if version in self._pinned:
             self._pinned_bytes -= self._pinned.pop(version)
             self._release(version, self._entries[version])
+            self._report()
 
     async def close(self) -> None:
         """Stop loads under way and drop everything loaded; call when no lease is held."""
@@ -289,4 +302,5 @@ class PrefixCache(Generic[T]):
 
     def _report(self) -> None:
         waiting = len(self._queue)
-        self._observer.occupied(self._used_bytes, len(self._entries) - waiting, waiting)
+        loaded = len(self._entries) - waiting
+        self._observer.occupied(self._used_bytes, self._pinned_bytes, loaded, waiting)

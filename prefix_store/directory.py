@@ -41,15 +41,18 @@ class TaskDirectory:
         *,
         lookup_seconds: float = 5.0,
         on_connected: Callable[[bool], None] = lambda _: None,
+        on_changed: Callable[[tuple[str, ...] | None], None] = lambda _: None,
     ) -> None:
         """
         Args:
             lookup_seconds: most seconds that looking up one task may take.
             on_connected: told when the store goes away and when it is back.
+            on_changed: told which tasks changed; None is that any may have.
         """
         self._store = store
         self._lookup_seconds = lookup_seconds
         self._on_connected = on_connected
+        self._on_changed = on_changed
         self._connected = False
         self._position: str | None = None
         self._tasks: OrderedDict[str, Task] = OrderedDict()  # least recently used first
@@ -159,6 +162,8 @@ class TaskDirectory:
         for task_id in self._known() if changes.task_ids is None else changes.task_ids:
             self.forget(task_id)
         self._position = changes.position
+        if changes.task_ids is None or changes.task_ids:
+            self._on_changed(changes.task_ids)
         self._set_connected(True, "")
 
     def _known(self) -> list[str]:

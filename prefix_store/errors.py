@@ -21,6 +21,10 @@ class CacheFullError(PrefixStoreError):
     """Running requests and pins leave no room for this prefix; it may succeed later."""
 
 
+class PinsFullError(PrefixStoreError):
+    """There is no memory for this prefix beside those that are pinned."""
+
+
 class InvalidTaskIdError(PrefixStoreError):
     """The task name is empty, too long or has characters that are not allowed."""
 

@@ -85,6 +85,13 @@ class PrefixStore(Protocol):
             InvalidSplitError: the shares are not from 1 to 100 or do not add to 100.
         """
 
+    async def pin(self, task_id: str, pinned: bool, condition: Condition = ALWAYS) -> Task:
+        """Have every server keep the task's prefix loaded, or no longer.
+
+        Raises:
+            UnknownTaskError: no task of this name.
+        """
+
     async def delete_version(
         self, task_id: str, version: str, condition: Condition = ALWAYS
     ) -> Task:

@@ -55,6 +55,7 @@ class Task:
         versions: those kept, the last uploaded first.
         history: kept versions that were active before, the latest first: where `rolled_back` goes.
         split: shares of the requests, adding to 100; empty when all go to `version`.
+        pinned: keep what its requests use loaded on every server.
     """
 
     task_id: str
@@ -62,6 +63,14 @@ class Task:
     versions: tuple[TaskRecord, ...]
     history: tuple[str, ...] = ()
     split: tuple[Share, ...] = ()
+    pinned: bool = False
+
+    @property
+    def served(self) -> tuple[TaskRecord, ...]:
+        """The task at every version that a request may get."""
+        if not self.split:
+            return (self.record,)
+        return tuple(self.at(share.version) for share in self.split)
 
     @property
     def record(self) -> TaskRecord:

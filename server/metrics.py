@@ -77,6 +77,7 @@ class PrefixCacheMetrics:
             "prefix_cache_evictions", "Prefixes dropped to make room", tier
         )
         self.bytes = make.gauge("prefix_cache_bytes", "Memory of prefixes", tier)
+        self.pinned_bytes = make.gauge("prefix_cache_pinned_bytes", "Memory that is pinned", tier)
         self.max_bytes = make.gauge("prefix_cache_max_bytes", "Memory they may take", tier)
         self.prefixes = make.gauge("prefix_cache_prefixes", "Prefixes there or loading", tier)
         self.waiting = make.gauge("prefix_cache_waiting", "Prefixes that wait for room", tier)
@@ -93,6 +94,7 @@ class TierMetrics:
         self._misses = metrics.misses.labels(tier)
         self._evictions = metrics.evictions.labels(tier)
         self._bytes = metrics.bytes.labels(tier)
+        self._pinned_bytes = metrics.pinned_bytes.labels(tier)
         self._prefixes = metrics.prefixes.labels(tier)
         self._waiting = metrics.waiting.labels(tier)
         self._load_seconds = metrics.load_seconds.labels(tier)
@@ -114,9 +116,10 @@ class TierMetrics:
         """See `CacheObserver.loaded`."""
         self._load_seconds.observe(seconds)
 
-    def occupied(self, nbytes: int, prefixes: int, waiting: int) -> None:
+    def occupied(self, nbytes: int, pinned: int, prefixes: int, waiting: int) -> None:
         """See `CacheObserver.occupied`."""
         self._bytes.set(nbytes)
+        self._pinned_bytes.set(pinned)
         self._prefixes.set(prefixes)
         self._waiting.set(waiting)
 

@@ -84,9 +84,34 @@ class ResidentPrefixes:
             PrefixTooLargeError, CacheFullError: there is no room for it.
         """
         self._host.touch(record.version)
-        nbytes = self._engine.prefix_bytes(record.prefix_length)
-        async with self._device.lease(record.version, nbytes):
+        async with self._device.lease(record.version, self.nbytes(record)):
             yield
+
+    @property
+    def max_bytes(self) -> int:
+        """Memory for prefixes on the device."""
+        return self._device.max_bytes
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """The versions that are pinned now."""
+        return self._device.pinned
+
+    def nbytes(self, record: TaskRecord) -> int:
+        """Memory that a task's prefix takes on the device."""
+        return self._engine.prefix_bytes(record.prefix_length)
+
+    async def pin(self, record: TaskRecord) -> None:
+        """Load a task's prefix and keep it until `unpin`; one call at a time.
+
+        Raises:
+            as `lease`; it is not pinned then.
+        """
+        await self._device.pin(record.version, self.nbytes(record))
+
+    def unpin(self, version: str) -> None:
+        """Undo `pin`; a version that is not pinned is ignored."""
+        self._device.unpin(version)
 
     async def warm_up(self, records: Iterable[TaskRecord]) -> None:
         """Load these; what cannot be is logged and left for its first request."""

@@ -20,6 +20,7 @@ from server.engine.protocol import Engine, EngineConfig
 from server.errors import StartupError
 from server.generation import Generator
 from server.metrics import Metrics
+from server.pins import Pins
 from server.residency import ResidentPrefixes
 from server.settings import Settings
 from server.tasks import TaskService
@@ -70,13 +71,6 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
         stack.push_async_callback(engine.close)
         metrics.watch_engine(engine.stats)
         await stack.enter_async_context(collecting(store))
-        directory = TaskDirectory(
-            store,
-            lookup_seconds=settings.store_timeout_seconds,
-            on_connected=metrics.store_connected.set,
-        )
-        stack.push_async_callback(directory.close)
-        await directory.start()
         prefixes = ResidentPrefixes(
             store,
             engine,
@@ -87,7 +81,19 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
             room_seconds=settings.prefix_room_seconds,
         )
         stack.push_async_callback(prefixes.close)
-        tasks = TaskService(store, directory, engine, tokenizer, metrics, prefixes=prefixes)
+        pins = Pins(store, prefixes)
+        stack.push_async_callback(pins.close)
+        directory = TaskDirectory(
+            store,
+            lookup_seconds=settings.store_timeout_seconds,
+            on_connected=metrics.store_connected.set,
+            on_changed=pins.changed,
+        )
+        stack.push_async_callback(directory.close)
+        await directory.start()
+        tasks = TaskService(
+            store, directory, engine, tokenizer, metrics, prefixes=prefixes, pins=pins
+        )
         services = Services(
             settings=settings,
             engine=engine,
@@ -107,6 +113,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
         )
         if settings.demo_tasks and settings.redis_url is None and not await tasks.list():
             await _upload_demo_tasks(tasks)
+        await pins.start()
         await _warm_up(settings.warm_up, tasks, prefixes)
         yield services
 

@@ -21,6 +21,7 @@ from prefix_store.validate import check_fits
 from server.engine.protocol import Engine
 from server.errors import InvalidRequestError
 from server.metrics import Metrics
+from server.pins import Pins
 from server.residency import ResidentPrefixes
 from server.tokenization import TextTokenizer
 
@@ -37,6 +38,7 @@ class TaskService:
         metrics: Metrics,
         *,
         prefixes: ResidentPrefixes,
+        pins: Pins,
     ) -> None:
         """
         Args:
@@ -48,6 +50,7 @@ class TaskService:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._prefixes = prefixes
+        self._pins = pins
 
     @property
     def store_connected(self) -> bool:
@@ -132,6 +135,22 @@ class TaskService:
         """See `PrefixStore.split`."""
         async with self._changing(task_id):
             return await self._store.split(task_id, shares, condition)
+
+    async def pin(self, task_id: str, condition: Condition = ALWAYS) -> Task:
+        """See `PrefixStore.pin`.
+
+        Raises:
+            PinsFullError: it does not fit beside what is pinned already.
+        """
+        task = await self.get(task_id)
+        self._pins.check(task)
+        async with self._changing(task_id):
+            return await self._store.pin(task_id, True, condition)
+
+    async def unpin(self, task_id: str, condition: Condition = ALWAYS) -> Task:
+        """See `PrefixStore.pin`."""
+        async with self._changing(task_id):
+            return await self._store.pin(task_id, False, condition)
 
     async def delete_version(
         self, task_id: str, version: str, condition: Condition = ALWAYS

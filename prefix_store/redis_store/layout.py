@@ -98,6 +98,7 @@ def task_to_json(task: Task) -> str:
         "versions": versions,
         "history": task.history,
         "split": [[share.version, share.percent] for share in task.split],
+        "pinned": task.pinned,
         "change": uuid.uuid4().hex,
     }
     return json.dumps(stored)
@@ -112,4 +113,5 @@ def task_from_json(task_id: str, text: bytes) -> Task:
         versions=tuple(TaskRecord(task_id=task_id, **fields) for fields in stored["versions"]),
         history=tuple(stored["history"]),
         split=tuple(Share(*share) for share in stored["split"]),
+        pinned=stored["pinned"],
     )

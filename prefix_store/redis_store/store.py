@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -124,6 +125,10 @@ class RedisPrefixStore:
     ) -> Task:
         """See `PrefixStore.split`."""
         return await self._change(task_id, lambda task: divided(task, shares), condition)
+
+    async def pin(self, task_id: str, pinned: bool, condition: Condition = ALWAYS) -> Task:
+        """See `PrefixStore.pin`."""
+        return await self._change(task_id, lambda task: replace(task, pinned=pinned), condition)
 
     async def delete_version(
         self, task_id: str, version: str, condition: Condition = ALWAYS

@@ -204,4 +204,5 @@ def task_answer(record: TaskRecord, task: Task | None = None) -> TaskResponse:
         template=record.template,
         created_at=record.created_at,
         split={} if task is None else {share.version: share.percent for share in task.split},
+        pinned=task is not None and task.pinned,
     )

@@ -19,6 +19,7 @@ from prefix_store.errors import (
     InvalidPrefixError,
     InvalidSplitError,
     InvalidTaskIdError,
+    PinsFullError,
     PreconditionFailedError,
     PrefixTooLargeError,
     StoreUnavailableError,
@@ -56,6 +57,7 @@ class ErrorAnswer:
 _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
     (UnknownTaskError, 404, "not_found", {}),
     (UnknownVersionError, 404, "not_found", {}),
+    (PinsFullError, 409, "conflict", {}),
     (VersionConflictError, 409, "conflict", {}),
     (PreconditionFailedError, 412, "precondition_failed", {}),
     (InvalidTaskIdError, 422, "validation", {}),

@@ -208,6 +208,9 @@ class TaskResponse(AnswerModel):
         description="Percent of the requests by version; empty when all go to `version`.",
         examples=[{}],
     )
+    pinned: bool = Field(
+        default=False, description="Whether every server keeps it loaded.", examples=[False]
+    )
 
 
 class VersionResponse(AnswerModel):

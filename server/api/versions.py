@@ -98,6 +98,25 @@ async def split(
     return _answer(await services.tasks.split(task_id, shares, condition), response)
 
 
+@router.post("/pin", responses={409: _ERROR})
+async def pin(
+    task_id: TaskId, response: Response, services: ServicesDep, condition: ConditionDep
+) -> TaskResponse:
+    """Have every server keep the task's prefix loaded, so that no request waits for it.
+
+    409 when it does not fit beside what is pinned already.
+    """
+    return _answer(await services.tasks.pin(task_id, condition), response)
+
+
+@router.delete("/pin")
+async def unpin(
+    task_id: TaskId, response: Response, services: ServicesDep, condition: ConditionDep
+) -> TaskResponse:
+    """Treat the task's prefix like any other: it stays loaded while it is used often enough."""
+    return _answer(await services.tasks.unpin(task_id, condition), response)
+
+
 @router.delete("/versions/{version}", status_code=204, responses={409: _ERROR})
 async def delete_version(
     task_id: TaskId, version: VersionName, services: ServicesDep, condition: ConditionDep

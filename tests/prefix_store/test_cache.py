@@ -56,7 +56,7 @@ class Loader:
 class Observed(SilentObserver):
     def __init__(self) -> None:
         self.hits = self.misses = self.evictions = self.loads = 0
-        self.now = (0, 0, 0)
+        self.now = (0, 0, 0, 0)
 
     def hit(self) -> None:
         self.hits += 1
@@ -71,8 +71,8 @@ class Observed(SilentObserver):
         assert seconds >= 0
         self.loads += 1
 
-    def occupied(self, nbytes: int, prefixes: int, waiting: int) -> None:
-        self.now = (nbytes, prefixes, waiting)
+    def occupied(self, nbytes: int, pinned: int, prefixes: int, waiting: int) -> None:
+        self.now = (nbytes, pinned, prefixes, waiting)
 
 
 class Holder:
@@ -137,7 +137,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.loop.close()
         assert not self.loader.loaded
         assert not self.loader.under_way
-        assert self.observed.now == (0, 0, 0)
+        assert self.observed.now == (0, 0, 0, 0)
 
     def _settle(self) -> None:
         async def turns() -> None:
@@ -282,7 +282,7 @@ class CacheMachine(RuleBasedStateMachine):
         waiters = (*self.holders, *self.pinners.values())
         assert all(waiter.held == (waiter.version in self.ready) for waiter in waiters)
         used = self.ready | self.loading
-        self.expected.now = (size_of(used), len(used), len(self.queue))
+        self.expected.now = (size_of(used), self._pinned_bytes(), len(used), len(self.queue))
         assert vars(self.observed) == vars(self.expected)
 
     @invariant()
