@@ -25,6 +25,8 @@ class PeerSpec:
         arguments: the module to run and its options.
         sizes: at how many sequences it is measured.
         environment: variables it needs, beyond those of this process.
+        sample: measure the first so many prompts only; for a peer that takes one request at a
+            time, whose rate does not depend on how many wait.
     """
 
     name: str
@@ -32,6 +34,7 @@ class PeerSpec:
     arguments: Sequence[str]
     sizes: frozenset[int]
     environment: Mapping[str, str]
+    sample: int | None = None
 
 
 class Peer:
@@ -65,6 +68,7 @@ class Peer:
         Raises:
             RuntimeError: it ended, or generated another number of tokens than it was asked for.
         """
+        prompt_ids = prompt_ids[: self.spec.sample]
         request = {"prompts": prompt_ids, "new_tokens": new_tokens}
         self._requests.write(json.dumps(request) + "\n")
         self._requests.flush()
@@ -87,7 +91,7 @@ class Peer:
             stderr=self._log,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **self.spec.environment},
+            env=_own_environment() | self.spec.environment,
         )
         # Leaving a process closes its input, which ends it, and waits.
         self._stack.enter_context(process)
@@ -105,3 +109,9 @@ class Peer:
         self._log.seek(0)
         last = (self._log.read().strip().splitlines() or ["nothing"])[-1]
         return {"absent": f"its process ended; the last it said: {last}"}
+
+
+def _own_environment() -> dict[str, str]:
+    """This process's, without what this project's server sets for its own threads."""
+    ours = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    return {name: value for name, value in os.environ.items() if name not in ours}

@@ -9,6 +9,7 @@ today: its adapters cannot share a batch when they are prefixes.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from benchmarks.peers.worker import Generate, serve
 
@@ -58,7 +59,7 @@ def load_peft(model_path: str, tasks: int) -> tuple[str, Generate]:
     return f"peft {peft.__version__}, transformers {transformers.__version__}", generate
 
 
-def _greedy(new_tokens: int) -> dict[str, object]:
+def _greedy(new_tokens: int) -> dict[str, Any]:
     """Exactly that many tokens, whether or not the text ends before."""
     return {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
 
