@@ -9,15 +9,18 @@ from clients._answers import (
     StreamToken,
     Task,
     Token,
+    Version,
 )
+from clients._async_client import AsyncClient
 from clients._calls import Parameters
-from clients._client import AsyncClient, Client
+from clients._client import Client
 from clients._errors import (
     APIConnectionError,
     APIResponseError,
     APIStatusError,
     APITimeoutError,
     AuthenticationError,
+    ConflictError,
     GenerationError,
     InvalidArgumentError,
     InvalidRequestError,
@@ -38,6 +41,7 @@ __all__ = [
     "AsyncClient",
     "AuthenticationError",
     "Client",
+    "ConflictError",
     "Details",
     "Generation",
     "GenerationError",
@@ -57,4 +61,5 @@ __all__ = [
     "Token",
     "UnavailableError",
     "UnknownTaskError",
+    "Version",
 ]

@@ -101,6 +101,7 @@ class Task(_Answer):
         template: text around each input, `{source}` where the input goes; empty for the input
             as it is.
         created_at: when it was uploaded, in UTC.
+        split: percent of the requests by version; empty when all go to `version`.
     """
 
     task_id: str
@@ -110,6 +111,28 @@ class Task(_Answer):
     method: str
     base_model: str
     template: str
+    created_at: datetime
+    split: dict[str, int] = {}
+
+
+class Version(_Answer):
+    """One version of a task.
+
+    Attributes:
+        version: `sha256:` and the hex digest of the artefact's bytes.
+        active: requests get it by default.
+        percent: share of the requests that get it.
+        prefix_length, bytes, method, base_model: as in `Task`.
+        created_at: when the task was given it, in UTC.
+    """
+
+    version: str
+    active: bool
+    percent: int
+    prefix_length: int
+    bytes: int
+    method: str
+    base_model: str
     created_at: datetime
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import httpx
 
-from clients._answers import Generation, ServerInfo, Task
+from clients._answers import Generation, ServerInfo, Task, Version
 from clients._errors import InvalidArgumentError
 from clients._files import CountedStream, Progress
 from clients._responses import reader
@@ -60,6 +60,7 @@ _generation = reader(Generation)
 _generations = reader(list[Generation])
 _task = reader(Task)
 _tasks = reader(list[Task])
+_versions = reader(list[Version])
 _info = reader(ServerInfo)
 
 
@@ -101,20 +102,24 @@ def build_request(
 
 
 def generate(
-    inputs: str | list[str], task_id: str | None, parameters: Parameters
+    inputs: str | list[str], task_id: str | None, user: str | None, parameters: Parameters
 ) -> Call[Generation | list[Generation]]:
     """A text for one input, or one for each of several."""
     read = _generation if isinstance(inputs, str) else _generations
-    return Call("POST", "/generate", read, _generate_body(inputs, task_id, parameters))
+    return Call("POST", "/generate", read, _generate_body(inputs, task_id, user, parameters))
 
 
-def stream(inputs: str, task_id: str | None, parameters: Parameters) -> Call[bytes]:
+def stream(
+    inputs: str, task_id: str | None, user: str | None, parameters: Parameters
+) -> Call[bytes]:
     """The tokens of a text as server-sent events."""
-    return Call("POST", "/generate_stream", bytes, _generate_body(inputs, task_id, parameters))
+    return Call(
+        "POST", "/generate_stream", bytes, _generate_body(inputs, task_id, user, parameters)
+    )
 
 
 def _generate_body(
-    inputs: str | list[str], task_id: str | None, parameters: Parameters
+    inputs: str | list[str], task_id: str | None, user: str | None, parameters: Parameters
 ) -> dict[str, Any]:
     body: dict[str, Any] = {
         "inputs": inputs,
@@ -122,12 +127,17 @@ def _generate_body(
     }
     if task_id is not None:
         body["task_id"] = task_id
+    if user is not None:
+        body["user"] = user
     return {"json": body}
 
 
-def upload(task_id: str, body: Mapping[str, Any]) -> Call[Task]:
+def upload(
+    task_id: str, body: Mapping[str, Any], activate: bool, if_match: str | None
+) -> Call[Task]:
     """A task's new prefix, in a body of `upload_body`."""
-    return Call("PUT", _task_path(task_id), _task, body)
+    params = {} if activate else {"params": {"activate": "false"}}
+    return Call("PUT", _task_path(task_id), _task, {**body, **params, **_matching(if_match)})
 
 
 def tasks() -> Call[list[Task]]:
@@ -150,6 +160,33 @@ def delete(task_id: str) -> Call[bytes]:
     return Call("DELETE", _task_path(task_id), bytes)
 
 
+def versions(task_id: str) -> Call[list[Version]]:
+    """The versions of a task."""
+    return Call("GET", f"{_task_path(task_id)}/versions", _versions)
+
+
+def activate(task_id: str, version: str, if_match: str | None) -> Call[Task]:
+    """Another active version."""
+    body = {"json": {"version": version}, **_matching(if_match)}
+    return Call("POST", f"{_task_path(task_id)}/activate", _task, body)
+
+
+def rollback(task_id: str, if_match: str | None) -> Call[Task]:
+    """The version that was active before."""
+    return Call("POST", f"{_task_path(task_id)}/rollback", _task, _matching(if_match))
+
+
+def split(task_id: str, shares: Mapping[str, int], if_match: str | None) -> Call[Task]:
+    """Shares of the requests by version."""
+    body = {"json": dict(shares), **_matching(if_match)}
+    return Call("POST", f"{_task_path(task_id)}/split", _task, body)
+
+
+def delete_version(task_id: str, version: str) -> Call[bytes]:
+    """Removal of one version."""
+    return Call("DELETE", f"{_task_path(task_id)}/versions/{_segment(version)}", bytes)
+
+
 def info() -> Call[ServerInfo]:
     """What the server runs."""
     return Call("GET", "/info", _info)
@@ -161,4 +198,12 @@ def metrics() -> Call[str]:
 
 
 def _task_path(task_id: str) -> str:
-    return f"/admin/tasks/{quote(task_id, safe='', errors='backslashreplace')}"
+    return f"/admin/tasks/{_segment(task_id)}"
+
+
+def _segment(name: str) -> str:
+    return quote(name, safe="", errors="backslashreplace")
+
+
+def _matching(version: str | None) -> dict[str, Any]:
+    return {} if version is None else {"headers": {"If-Match": f'"{version}"'}}

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
-from clients._answers import StreamToken, Task
+from clients._answers import StreamToken, Task, Version
 from clients._files import Progress as OnSent
 
 _PIPED_WIDTH = 1000
@@ -46,6 +46,29 @@ def print_tasks(tasks: Sequence[Task]) -> None:
             str(task.prefix_length),
             decimal(task.bytes),
             task.version[:_SHORT_VERSION],
+        )
+    _print_table(table)
+
+
+def print_versions(versions: Sequence[Version]) -> None:
+    """A line for each version of a task, the active one marked."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("VERSION", no_wrap=True)
+    table.add_column("ACTIVE")
+    table.add_column("SHARE", justify="right")
+    table.add_column("METHOD")
+    table.add_column("LENGTH", justify="right")
+    table.add_column("SIZE", justify="right")
+    table.add_column("UPLOADED")
+    for version in versions:
+        table.add_row(
+            version.version[:_SHORT_VERSION],
+            "*" if version.active else "",
+            f"{version.percent} %",
+            Text(version.method),
+            str(version.prefix_length),
+            decimal(version.bytes),
+            version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
         )
     _print_table(table)
 

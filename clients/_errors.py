@@ -11,6 +11,7 @@ PrefixServeError
     ├── InvalidRequestError   400, 422
     ├── AuthenticationError   401, 403
     ├── UnknownTaskError      404
+    ├── ConflictError         409, 412
     ├── PayloadTooLargeError  413
     ├── QueueFullError        429
     └── ServerError           5xx
@@ -79,7 +80,11 @@ class AuthenticationError(APIStatusError):
 
 
 class UnknownTaskError(APIStatusError):
-    """404: no task of this name."""
+    """404: no task of this name, or no such version of it."""
+
+
+class ConflictError(APIStatusError):
+    """409 or 412: the task is not, or no longer, as this change needs it."""
 
 
 class PayloadTooLargeError(APIStatusError):
@@ -103,6 +108,8 @@ _BY_STATUS: dict[int, type[APIStatusError]] = {
     401: AuthenticationError,
     403: AuthenticationError,
     404: UnknownTaskError,
+    409: ConflictError,
+    412: ConflictError,
     413: PayloadTooLargeError,
     422: InvalidRequestError,
     429: QueueFullError,

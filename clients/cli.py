@@ -23,6 +23,7 @@ from clients._console import (
 )
 from clients._errors import PrefixServeError
 from clients._status import read_status
+from clients._tasks import app as tasks_app
 
 COMMANDS = "prefixserve.commands"
 """Entry-point group of commands that other packages bring: functions of the argument list."""
@@ -47,6 +48,9 @@ app = typer.Typer(
 )
 
 
+app.add_typer(tasks_app, name="tasks")
+
+
 def main() -> None:
     """Run the command line."""
     app()
@@ -66,7 +70,7 @@ def serve(context: typer.Context) -> None:
 
 
 @app.command()
-def upload(
+def upload(  # noqa: PLR0917 - the command line gives them by name
     task: Annotated[str, typer.Argument(help="Name of the task.")],
     path: Annotated[
         Path | None, typer.Argument(help="A .safetensors file, or a folder with a PEFT adapter.")
@@ -77,6 +81,12 @@ def upload(
             help="A prompt to make the prefix of, instead of PATH; - reads it from stdin."
         ),
     ] = None,
+    activate: Annotated[
+        bool,
+        typer.Option(
+            "--activate/--no-activate", help="Use it at once, or keep it as a version for later."
+        ),
+    ] = True,
     url: options.Url = DEFAULT_URL,
     as_json: options.Json = False,
 ) -> None:
@@ -86,7 +96,7 @@ def upload(
     if text is not None:
         text = _text(text)
     with Client(url) as client, upload_progress(task) as progress:
-        stored = client.upload(task, path, text=text, progress=progress)
+        stored = client.upload(task, path, text=text, activate=activate, progress=progress)
     print_json(stored) if as_json else print_tasks([stored])
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from clients import Client
 from clients.cli import app
-from prefix_store.prefix import Prefix
+from prefix_store.prefix import Prefix, version_of
 from tests.clients import faulty_server as faulty
 from tests.server_process import ServerProcess
 
@@ -120,6 +120,34 @@ def test_rm_removes_what_it_can(run: Run, task: str) -> None:
     assert result.exit_code == 1
     assert json.loads(result.stdout) == {"removed": [task]}
     assert "cli-none" in result.stderr
+
+
+def test_versions_of_a_task(run: Run, task: str, adapter: Path, prefix: Prefix) -> None:
+    old = version_of(prefix.to_bytes())
+    new = printed(run("upload", task, adapter, "--no-activate", "--json"))["version"]
+    listed = printed(run("tasks", "versions", task, "--json"))
+    assert [(found["version"], found["active"]) for found in listed] == [(new, False), (old, True)]
+    heading, first, second = run("tasks", "versions", task).stdout.splitlines()
+    assert heading.split() == ["VERSION", "ACTIVE", "SHARE", "METHOD", "LENGTH", "SIZE", "UPLOADED"]
+    assert first.split()[:3] == [new[:19], "0", "%"]
+    assert second.split()[:4] == [old[:19], "*", "100", "%"]
+
+    assert printed(run("tasks", "activate", task, new[:15], "--json"))["version"] == new
+    assert printed(run("tasks", "rollback", task, "--json"))["version"] == old
+    shares = (f"{old[7:15]}=90", f"{new}=10")
+    assert printed(run("tasks", "split", task, *shares, "--json"))["split"] == {old: 90, new: 10}
+    assert "10 %" in run("tasks", "split", task, *shares).stdout
+    assert printed(run("tasks", "split", task, "--json"))["split"] == {}
+    assert old[:19] in run("tasks", "rm", task, new).stdout
+    assert len(printed(run("tasks", "versions", task, "--json"))) == 1
+
+    refused(run("tasks", "rollback", task), "no version that was active before")
+    refused(run("tasks", "rm", task, old), "is the active one")
+    refused(run("tasks", "activate", task, "sha256:zz"), "keeps no version whose name begins")
+    refused(run("tasks", "split", task, f"{old}=99"), "add to 99 percent")
+    refused(run("tasks", "split", task, f"{old}=90", f"{old[7:]}=10"), "one version")
+    refused(run("tasks", "versions", "cli-none"), "cli-none")
+    misused(run("tasks", "split", task, old), "VERSION=PERCENT")
 
 
 def test_generate(run: Run, task: str, real_server: ServerProcess) -> None:

@@ -56,6 +56,44 @@ def test_a_task_from_upload_to_delete(
             call(name)
 
 
+def test_versions_and_splits(real_client: Client, kind: str, prefix: Prefix, adapter: Path) -> None:
+    name = f"versions-{kind}"
+    old = real_client.upload(name, prefix).version
+    new = real_client.upload(name, adapter, activate=False, if_match=old).version
+    kept = real_client.versions(name)
+    assert [(one.version, one.active, one.percent) for one in kept] == [
+        (new, False, 0),
+        (old, True, 100),
+    ]
+    assert (kept[1].prefix_length, kept[1].method) == (4, "prefix-tuning")
+    task = real_client.split(name, {old: 50, new: 50}, if_match=old)
+    assert task.split == {old: 50, new: 50}
+    users = [f"user-{number}" for number in range(30)]
+    served = [
+        real_client.generate(INPUT, task_id=name, user=user, max_new_tokens=1).version
+        for user in users
+    ]
+    assert set(served) == {old, new}
+    [last] = real_client.stream(INPUT, task_id=name, user=users[0], max_new_tokens=1)
+    assert last.details is not None
+    assert last.details.version == served[0]
+    assert real_client.activate(name, new).version == new
+    assert real_client.rollback(name, if_match=new).version == old
+    for call in (
+        lambda: real_client.rollback(name),
+        lambda: real_client.delete_version(name, old),
+        lambda: real_client.activate(name, new, if_match=new),
+        lambda: real_client.upload(name, prefix, if_match=new),
+    ):
+        with pytest.raises(clients.ConflictError):
+            call()
+    real_client.delete_version(name, new)
+    with pytest.raises(clients.UnknownTaskError, match="keeps no version"):
+        real_client.activate(name, new)
+    assert len(real_client.versions(name)) == 1
+    real_client.delete(name)
+
+
 def test_every_kind_of_upload(
     real_client: Client, kind: str, prefix: Prefix, adapter: Path
 ) -> None:
@@ -203,6 +241,7 @@ def test_every_field_is_one_of_the_servers(real_server: ServerProcess) -> None:
         "GenerateResponse": set(clients.Generation.model_fields),
         "StreamEvent": set(clients.StreamToken.model_fields),
         "TaskResponse": set(clients.Task.model_fields),
+        "VersionResponse": set(clients.Version.model_fields),
         "InfoResponse": set(clients.ServerInfo.model_fields),
     }
     for name, fields in expected.items():

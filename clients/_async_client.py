@@ -1,0 +1,225 @@
+"""`AsyncClient`: the methods of `Client`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack, overload
+
+import httpx
+from httpx_sse import EventSource
+from tenacity import AsyncRetrying
+
+from clients import _calls as calls
+from clients._answers import Generation, Health, ServerInfo, StreamToken, Task, Version
+from clients._calls import Call, Parameters
+from clients._files import Progress, UploadSource, save_file, upload_body
+from clients._responses import (
+    check_finished,
+    parse_event,
+    read_health,
+    status_error,
+    translated_errors,
+)
+from clients._retry import retry_options
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """Talks to a prefixserve server. Close it, or use `async with`.
+
+    Args:
+        base_url: the server's address; default `PREFIXSERVE_URL` or `http://127.0.0.1:8000`.
+        api_key: sent as a bearer token; default `PREFIXSERVE_API_KEY` or none.
+        timeout: seconds without a byte from the server after which a call fails; a text that is
+            not streamed arrives all at once, so this bounds its whole generation.
+        max_retries: how often a call is repeated when the server is full (429), unavailable (503)
+            or the connection fails before the answer begins.
+
+    Every method raises the errors of `clients.PrefixServeError`'s tree and no others.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        max_retries: int = 3,
+    ) -> None:
+        self._http = httpx.AsyncClient(**calls.http_options(base_url, api_key, timeout))
+        self._retry_options = retry_options(max_retries)
+
+    @overload
+    async def generate(
+        self,
+        inputs: str,
+        *,
+        task_id: str | None = None,
+        user: str | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> Generation: ...
+
+    @overload
+    async def generate(
+        self,
+        inputs: list[str],
+        *,
+        task_id: str | None = None,
+        user: str | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> list[Generation]: ...
+
+    async def generate(
+        self,
+        inputs: str | list[str],
+        *,
+        task_id: str | None = None,
+        user: str | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> Generation | list[Generation]:
+        """Continue one input, or each of several; without a `task_id` with the bare base model.
+
+        Args:
+            user: whoever it is for, in any words; gets the same version of a split task each time.
+        """
+        return await self._fetch(calls.generate(inputs, task_id, user, parameters))
+
+    async def stream(
+        self,
+        inputs: str,
+        *,
+        task_id: str | None = None,
+        user: str | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> AsyncGenerator[StreamToken]:
+        """Yield tokens as they are generated; the last has `generated_text` and `details`.
+
+        Closing the generator early stops the generation on the server.
+        """
+        last = None
+        async with self._answer(calls.stream(inputs, task_id, user, parameters)) as response:
+            async for event in EventSource(response).aiter_sse():
+                last = parse_event(event)
+                yield last
+            check_finished(last)
+
+    async def upload(
+        self,
+        task_id: str,
+        source: UploadSource | None = None,
+        *,
+        text: str | None = None,
+        activate: bool = True,
+        if_match: str | None = None,
+        progress: Progress | None = None,
+    ) -> Task:
+        """Give a task its prefix; a task that exists gets the new one from now on.
+
+        Args:
+            source: a safetensors file of this project, a folder with a PEFT adapter, the bytes of
+                the former, or anything with `to_bytes()`.
+            text: instead of `source`, a prompt the server turns into a prefix.
+            activate: false keeps it as a version of a task that exists, for `activate` or `split`.
+            if_match: change only a task whose active version this is.
+            progress: called with the bytes sent and the bytes in all.
+        """
+        with upload_body(source, text) as body:
+            return await self._fetch(calls.upload(task_id, body, activate, if_match), progress)
+
+    async def tasks(self) -> list[Task]:
+        """Every task."""
+        return await self._fetch(calls.tasks())
+
+    async def task(self, task_id: str) -> Task:
+        """One task."""
+        return await self._fetch(calls.task(task_id))
+
+    async def download(self, task_id: str, path: str | os.PathLike[str]) -> Path:
+        """Write a task's prefix, byte for byte as it was stored, to a file."""
+        data = await self._fetch(calls.prefix(task_id))
+        return await asyncio.to_thread(save_file, data, path)
+
+    async def delete(self, task_id: str) -> None:
+        """Remove a task; requests already running finish."""
+        await self._fetch(calls.delete(task_id))
+
+    async def versions(self, task_id: str) -> list[Version]:
+        """The versions that a task keeps, the last uploaded first."""
+        return await self._fetch(calls.versions(task_id))
+
+    async def activate(self, task_id: str, version: str, *, if_match: str | None = None) -> Task:
+        """Give requests this version from now on; ends a split."""
+        return await self._fetch(calls.activate(task_id, version, if_match))
+
+    async def rollback(self, task_id: str, *, if_match: str | None = None) -> Task:
+        """Activate again what was active before; again goes back further. Ends a split."""
+        return await self._fetch(calls.rollback(task_id, if_match))
+
+    async def split(
+        self, task_id: str, shares: Mapping[str, int], *, if_match: str | None = None
+    ) -> Task:
+        """Divide the requests among versions, in percent that add to 100; nothing ends it."""
+        return await self._fetch(calls.split(task_id, shares, if_match))
+
+    async def delete_version(self, task_id: str, version: str) -> None:
+        """Remove a version that is neither active nor in a split."""
+        await self._fetch(calls.delete_version(task_id, version))
+
+    async def health(self) -> Health:
+        """Whether the server takes requests now; not retried."""
+        with translated_errors(self._http.base_url):
+            return read_health(await self._http.get("/health/ready"))
+
+    async def info(self) -> ServerInfo:
+        """What the server runs."""
+        return await self._fetch(calls.info())
+
+    async def metrics(self) -> str:
+        """The server's metrics in Prometheus' text format."""
+        return await self._fetch(calls.metrics())
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def _fetch(self, call: Call[T], progress: Progress | None = None) -> T:
+        async with self._answer(call, progress) as response:
+            return call.read(await response.aread())
+
+    @asynccontextmanager
+    async def _answer(
+        self, call: Call[Any], progress: Progress | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """The answer to a call once it is known not to be an error; its body is not read yet."""
+        request = calls.build_request(self._http, call, progress)
+        with translated_errors(self._http.base_url):
+            response: httpx.Response = await AsyncRetrying(**self._retry_options)(
+                self._send, request
+            )
+            async with aclosing(response):
+                yield response
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        response = await self._http.send(request, stream=True)
+        if response.is_success:
+            return response
+        async with aclosing(response):
+            await response.aread()
+            raise status_error(response)
