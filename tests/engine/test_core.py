@@ -121,6 +121,33 @@ def test_the_general_runner_serves_what_the_fast_one_does(
     check_greedy(tiny_llama, plans, run(tiny_llama, plans, general=True))
 
 
+@pytest.mark.parametrize("shape", ["llama", "qwen2"])
+@pytest.mark.parametrize("length", [47, 48, 55])
+def test_rows_that_read_a_long_prefix_together(shape: str, length: int) -> None:
+    loaded = tiny_model(shape)
+    prefix = random_prefix(loaded, length, seed=length)
+    prompts = [(9, 10, 11), (20, 21), tuple(range(30, 45))]
+    core = new_core(loaded)
+    for index, prompt in enumerate(prompts):
+        request = GenerationRequest(str(index), prompt, SamplingParams(max_new_tokens=8))
+        core.add(Sequence(request, prefix))
+    found: list[list[int]] = [[] for _ in prompts]
+    while core.has_work:
+        for request_id, event in core.step().events:
+            assert isinstance(event, TokenEvent), event
+            found[int(request_id)].append(event.chosen.token_id)
+    assert found == [greedy(loaded, prefix, prompt, 8)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2"])
+def test_rows_that_read_a_long_prompt_together(shape: str) -> None:
+    loaded = tiny_model(shape)
+    prompt = tuple(6 + (7 * i) % 90 for i in range(66))
+    check_greedy(
+        loaded, plans := [Plan(3, prompt, 8), Plan(0, prompt[::-1], 8)], run(loaded, plans)
+    )
+
+
 def test_int8_stays_near_the_model_alone_and_in_a_batch(smollm2: LoadedModel) -> None:
     runner = choose_runner(smollm2, 3, 80, int8=True)
     texts = ("The quick brown fox jumps over", "Once upon a time", "name[The Eagle], food[French]")

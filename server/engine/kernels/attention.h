@@ -1,56 +1,5 @@
 /* Softmax attention of a step's rows over prefixes and slots, by running log-sum-exp. Typed. */
 
-#ifndef MAX_QUERIES
-/* Most queries that share keys and values, and positions worked on at a time. */
-#define MAX_QUERIES 64
-#define MAX_HEAD_DIM 256
-#define BLOCK 64
-
-/* Running softmax of queries over the keys seen so far. */
-typedef struct {
-  float query[MAX_QUERIES][MAX_HEAD_DIM]; /* scaled */
-  float sum[MAX_QUERIES][MAX_HEAD_DIM];
-  float top[MAX_QUERIES], weight[MAX_QUERIES];
-} State;
-
-#define PAIR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-
-/* Each 128-bit part of the result holds that part's sums of a, b, c, d. */
-INLINE v16 sum_parts(v16 a, v16 b, v16 c, v16 d) {
-#define EVENLY(x, y)                                                                           \
-  (PAIR(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +                      \
-   PAIR(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31))
-  const v16 ab = EVENLY(a, b), cd = EVENLY(c, d);
-#undef EVENLY
-  return PAIR(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-         PAIR(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
-
-/* Part i of the result is the sum of the i-th vector's four parts. */
-INLINE v16 sum_of_parts(v16 a, v16 b, v16 c, v16 d) {
-#define HALVES(x, y)                                                                           \
-  (PAIR(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +                        \
-   PAIR(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-  const v16 ab = HALVES(a, b), cd = HALVES(c, d);
-#undef HALVES
-  return PAIR(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-         PAIR(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-}
-
-INLINE v16 larger(v16 a, v16 b) {
-  i16 more = a > b;
-  return (v16)(((i16)a & more) | ((i16)b & ~more));
-}
-
-INLINE float largest(v16 x) {
-  x = larger(x, PAIR(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  x = larger(x, PAIR(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  x = larger(x, PAIR(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  x = larger(x, PAIR(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-  return x[0];
-}
-#endif
-
 /* scores[i] = `count` queries (at most 4) times 16 keys. */
 INLINE void NAME(score)(const float (*query)[MAX_HEAD_DIM], const int count, const T *keys,
                         const int64_t head_dim, v16 *scores) {
@@ -149,7 +98,11 @@ INLINE void NAME(see_block)(State *state, int64_t first, const int count, const 
 
 /* Queries first .. last - 1 see `length` more positions. */
 INLINE void NAME(see)(State *state, int64_t first, int64_t last, const T *keys, const T *values,
-                      int64_t length, const int64_t head_dim) {
+                      int64_t length, const int64_t head_dim, float scale) {
+  if (last - first >= TILE && length >= PANEL) {
+    NAME(see_shared)(state, first, last, keys, values, length, head_dim, scale);
+    return;
+  }
   for (int64_t j = 0; j < length; j += BLOCK) {
     const int64_t size = length - j < BLOCK ? length - j : BLOCK;
     const T *k = keys + j * head_dim, *v = values + j * head_dim;
@@ -166,14 +119,14 @@ INLINE void NAME(see)(State *state, int64_t first, int64_t last, const T *keys, 
 /* Rows first .. last - 1 of one slot: what all of them see, then what the later ones add. */
 INLINE void NAME(see_slot)(State *state, const Step *step, const T *keys, const T *values,
                            int64_t first, int64_t last, int64_t base, int64_t group,
-                           const int64_t head_dim) {
+                           const int64_t head_dim, float scale) {
   const int64_t shared = step->lengths[first], end = (last - base) * group;
-  NAME(see)(state, (first - base) * group, end, keys, values, shared, head_dim);
+  NAME(see)(state, (first - base) * group, end, keys, values, shared, head_dim, scale);
   for (int64_t row = first + 1; row < last; row++) {
     const int64_t query = (row - base) * group;
     NAME(see)
     (state, query, query + group, keys + shared * head_dim, values + shared * head_dim,
-     step->lengths[row] - shared, head_dim);
+     step->lengths[row] - shared, head_dim, scale);
   }
 }
 
@@ -188,6 +141,7 @@ INLINE void NAME(attend_rows)(const Model *model, const Step *step, int64_t laye
                      (head * group + i % group) * head_dim;
 #pragma omp simd
     for (int64_t d = 0; d < head_dim; d++) state.query[i][d] = LOAD(query[d]) * model->scale;
+    memcpy(state.raw[i], query, sizeof(T) * head_dim);
     memset(state.sum[i], 0, sizeof(float) * head_dim);
     state.top[i] = -INFINITY;
     state.weight[i] = 0.0f;
@@ -196,14 +150,14 @@ INLINE void NAME(attend_rows)(const Model *model, const Step *step, int64_t laye
   const int64_t offset = (layer * model->kv_heads + head) * length * head_dim;
   NAME(see)
   (&state, 0, queries, (const T *)step->prefix_keys[first] + offset,
-   (const T *)step->prefix_values[first] + offset, length, head_dim);
+   (const T *)step->prefix_values[first] + offset, length, head_dim, model->scale);
   for (int64_t row = first, end; row < last; row = end) {
     for (end = row + 1; end < last && step->slots[end] == step->slots[row];) end++;
     const int64_t at = layer * step->layer_stride + step->slots[row] * step->slot_stride +
                        head * step->head_stride;
     NAME(see_slot)
     (&state, step, (const T *)step->keys + at, (const T *)step->values + at, row, end, first,
-     group, head_dim);
+     group, head_dim, model->scale);
   }
   for (int64_t i = 0; i < queries; i++) {
     T *output = (T *)step->mixed + ((first + i / group) * heads + head * group + i % group) *

@@ -19,12 +19,14 @@
 #include "structures.h"
 #include "team.h"
 #include "tiles.h"
+#include "attention_state.h"
 
 #define T float
 #define NAME(name) name##_f32
 #define LOAD(value) (value)
 #define STORE(value) (value)
 #include "elementwise.h"
+#include "attention_shared.h"
 #include "attention.h"
 #include "matmul.h"
 #include "layers.h"
@@ -38,6 +40,7 @@
 #define LOAD(value) bf16_to_float(value)
 #define STORE(value) float_to_bf16(value)
 #include "elementwise.h"
+#include "attention_shared.h"
 #include "attention.h"
 #include "matmul.h"
 #include "layers.h"
