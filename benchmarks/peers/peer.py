@@ -91,7 +91,7 @@ class Peer:
             stderr=self._log,
             text=True,
             cwd=ROOT,
-            env=_own_environment() | self.spec.environment,
+            env={**_own_environment(), **self.spec.environment},
         )
         # Leaving a process closes its input, which ends it, and waits.
         self._stack.enter_context(process)

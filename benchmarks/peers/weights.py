@@ -39,7 +39,7 @@ def write_lora_adapters(loaded: LoadedModel, folder: Path, count: int) -> None:
             tensors[f"{key}.lora_A.weight"] = (0.01 * a).bfloat16()
             tensors[f"{key}.lora_B.weight"] = (0.01 * b).bfloat16()
         target = folder / f"adapter-{seed:02}"
-        config.save_pretrained(target)
+        config.save_pretrained(str(target))
         save_file(tensors, target / "adapter_model.safetensors")
 
 
