@@ -42,8 +42,13 @@ class EmbeddedValkey:
     by an owner that was killed is stopped first.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, *, join: bool = False) -> None:
+        """
+        Args:
+            join: while another process owns the directory, use the server that it runs.
+        """
         self._data_dir = data_dir.expanduser().resolve()
+        self._join = join
         self._opened = contextlib.ExitStack()
         self._socket: Path | None = None
 
@@ -88,10 +93,16 @@ class EmbeddedValkey:
         try:
             with contextlib.ExitStack() as opened:
                 self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-                opened.callback(os.close, _lock(self._data_dir))
+                owned = _lock(self._data_dir, opened)
+                if not owned and not self._join:
+                    raise StoreUnavailableError(
+                        f"another server already keeps its data in {self._data_dir}; stop it, or "
+                        "choose another data directory"
+                    )
                 folder = _plain_path(self._data_dir, opened)
-                _stop_left_behind(folder / _SOCKET_NAME)
-                opened.callback(_run(folder).stop)
+                if owned:
+                    _stop_left_behind(folder / _SOCKET_NAME)
+                    opened.callback(_run(folder).stop)
                 self._socket = folder / _SOCKET_NAME
                 self._opened = opened.pop_all()
         except (ValkeyServerError, OSError) as error:
@@ -117,18 +128,15 @@ def _run(folder: Path) -> ValkeyServer:
     return server
 
 
-def _lock(data_dir: Path) -> int:
-    """An open file that holds the directory's lock until it is closed or its process ends."""
+def _lock(data_dir: Path, opened: contextlib.ExitStack) -> bool:
+    """Whether nobody else had the directory; it is then ours until `opened` closes."""
     lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    opened.callback(os.close, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise StoreUnavailableError(
-            f"another server already keeps its data in {data_dir}; stop it, or choose another "
-            "data directory"
-        ) from error
-    return lock
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _plain_path(data_dir: Path, opened: contextlib.ExitStack) -> Path:

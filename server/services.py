@@ -10,14 +10,12 @@ from importlib.metadata import version
 
 from prefix_store.collector import collecting
 from prefix_store.directory import TaskDirectory
-from prefix_store.embedded import EmbeddedValkey
 from prefix_store.errors import IncompatiblePrefixError
 from prefix_store.model_loading import LoadedModel
-from prefix_store.redis_store import RedisPrefixStore
+from prefix_store.opening import opened_store
 from server.demo_tasks import DEMO_TASKS, DemoTask
 from server.engine.native import NativeEngine
 from server.engine.protocol import Engine, EngineConfig
-from server.errors import StartupError
 from server.generation import Generator
 from server.metrics import Metrics
 from server.pins import Pins
@@ -54,10 +52,17 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
     """Open the store, the engine and the cache; close them in reverse, also on failure.
 
     Raises:
-        StoreUnavailableError, ModelLoadError, StartupError: the server cannot start so.
+        StoreUnavailableError, ModelLoadError: the server cannot start so.
     """
     async with AsyncExitStack() as stack:
-        store = await _open_store(settings, stack)
+        store = await stack.enter_async_context(
+            opened_store(
+                settings.redis_url,
+                settings.data_dir,
+                answer_seconds=settings.store_timeout_seconds,
+                keep_versions=settings.keep_versions,
+            )
+        )
         metrics = Metrics(settings.max_metric_tasks)
         tokenizer = TextTokenizer(loaded.tokenizer)
         config = EngineConfig(
@@ -116,22 +121,6 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
         await pins.start()
         await _warm_up(settings.warm_up, tasks, prefixes)
         yield services
-
-
-async def _open_store(settings: Settings, stack: AsyncExitStack) -> RedisPrefixStore:
-    url = settings.redis_url
-    if url is None:
-        valkey = EmbeddedValkey(settings.data_dir / "store")
-        url = (await stack.enter_async_context(valkey)).url
-    try:
-        store = RedisPrefixStore.from_url(
-            url, timeout=settings.store_timeout_seconds, keep_versions=settings.keep_versions
-        )
-    except ValueError as error:
-        raise StartupError(f"--redis-url is not an address of a store: {error}") from error
-    stack.push_async_callback(store.close)
-    await store.ping()
-    return store
 
 
 async def _warm_up(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import platformdirs
 from pydantic import ByteSize, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -17,6 +16,7 @@ from pydantic_settings import (
 )
 
 from prefix_store.model_loading import DEFAULT_MODEL
+from prefix_store.opening import DEFAULT_DATA_DIR
 from server.engine.protocol import Quantize
 from server.errors import StartupError
 
@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
 
-    data_dir: Path = Path(platformdirs.user_data_dir("prefixserve"))
+    data_dir: Path = DEFAULT_DATA_DIR
     """Where everything the server keeps is: the embedded store and the converted model."""
 
     model: str = Field(default=DEFAULT_MODEL, min_length=1)

@@ -109,6 +109,18 @@ async def test_one_owner_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("folder", ["short", "x" * 120])
+async def test_a_second_process_may_join_the_server_that_runs(tmp_path: Path, folder: str) -> None:
+    data_dir = tmp_path / folder
+    async with EmbeddedValkey(data_dir) as owner:
+        async with EmbeddedValkey(data_dir, join=True) as joined:
+            assert await pid_of(joined) == await pid_of(owner)
+        assert await pid_of(owner)
+
+    async with EmbeddedValkey(data_dir, join=True) as alone:
+        assert await pid_of(alone)
+
+
 @pytest.mark.parametrize("folder", ["x" * 120, "a b", "quo'te", 'quo"te', "größe", "#x"])
 async def test_any_path_will_do(tmp_path: Path, folder: str) -> None:
     data_dir = tmp_path / folder

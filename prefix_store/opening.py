@@ -1,0 +1,59 @@
+"""Open the store that an operator names: a Redis, or the one kept in the data directory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import platformdirs
+
+from prefix_store.embedded import EmbeddedValkey
+from prefix_store.errors import StoreUnavailableError
+from prefix_store.redis_store import RedisPrefixStore
+from prefix_store.redis_store.store import KEEP_VERSIONS
+
+DEFAULT_DATA_DIR = Path(platformdirs.user_data_dir("prefixserve"))
+ANSWER_SECONDS = 5.0
+
+
+@asynccontextmanager
+async def opened_store(
+    redis_url: str | None,
+    data_dir: Path,
+    *,
+    answer_seconds: float = ANSWER_SECONDS,
+    keep_versions: int = KEEP_VERSIONS,
+    join: bool = False,
+) -> AsyncIterator[RedisPrefixStore]:
+    """The store at `redis_url`, or without one the embedded store in `data_dir`; it answers.
+
+    Args:
+        answer_seconds: how long to wait for each answer.
+        keep_versions: see `RedisPrefixStore`.
+        join: see `EmbeddedValkey`.
+
+    Raises:
+        StoreUnavailableError: not an address, nothing answers there, or the embedded store cannot
+            start.
+    """
+    async with AsyncExitStack() as stack:
+        if redis_url is None:
+            valkey = EmbeddedValkey(store_dir(data_dir), join=join)
+            redis_url = (await stack.enter_async_context(valkey)).url
+        try:
+            store = RedisPrefixStore.from_url(
+                redis_url, timeout=answer_seconds, keep_versions=keep_versions
+            )
+        except ValueError as error:
+            raise StoreUnavailableError(
+                f"--redis-url is not an address of a store: {error}"
+            ) from error
+        stack.push_async_callback(store.close)
+        await store.ping()
+        yield store
+
+
+def store_dir(data_dir: Path) -> Path:
+    """Where the embedded store of a data directory is."""
+    return data_dir.expanduser() / "store"
