@@ -240,6 +240,7 @@ def test_tensors_are_views_of_whatever_holds_the_file(tmp_path: Path, padding: i
         read = Prefix.from_bytes(buffer)
         assert torch.equal(read.keys, ONES)
         assert torch.equal(read.values, ONES)
+        assert read.keys.data_ptr() % 4 == read.values.data_ptr() % 4 == 0
         if padding == 0:  # nothing is copied where numbers are aligned
             apart = read.values.data_ptr() - read.keys.data_ptr()
             assert apart == read.keys.nbytes
