@@ -2,8 +2,10 @@
 
     python -m benchmarks.http
 
-The server is a process of its own, and so are the clients. Throughput counts from the moment the
-last client has its first token; latencies are what a client sees.
+The server is a process of its own, and so are the clients, which share its cores here: they stand
+for clients on other machines and so do as little as clients can, a parser of HTTP in C that counts
+the ends of events. Throughput counts from the moment the last client has its first token; latencies
+are what a client sees.
 """
 
 from __future__ import annotations
@@ -21,11 +23,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
 
+import httptools
 import httpx
+import uvloop
 
 from benchmarks.common import (
     NEW_TOKENS,
@@ -45,9 +53,17 @@ SEQUENCES = 32
 READY_SECONDS = 60
 
 
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """Where a server listens, and its process id."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
-def running_server(*flags: str) -> Iterator[str]:
-    """A server process with the default model; its address."""
+def running_server(*flags: str) -> Iterator[ServerProcess]:
+    """A server process with the default model."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -63,7 +79,7 @@ def running_server(*flags: str) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit("the server did not start")
                 time.sleep(0.1)
-            yield url
+            yield ServerProcess(url, process.pid)
         finally:
             process.terminate()
             process.wait()
@@ -76,32 +92,88 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def stream_all(url: str, texts: list[str], new_tokens: int) -> list[list[float]]:
-    """Stream every text at once, each with its own task; when each token came, in seconds."""
-    return asyncio.run(_stream_all(url, texts, new_tokens))
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """What the clients of one round saw.
+
+    Attributes:
+        times: of each stream, when each token came, in seconds since all were asked for.
+        cpu_seconds: processor time of the clients' process.
+    """
+
+    times: list[list[float]]
+    cpu_seconds: float
+
+
+def stream_all(url: str, texts: list[str], new_tokens: int) -> Streamed:
+    """Stream every text at once, each with its own task."""
+    busy = time.process_time()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        times = runner.run(_stream_all(url, texts, new_tokens))
+    if {len(own) for own in times} != {new_tokens}:
+        raise SystemExit(f"expected {new_tokens} tokens of each stream, not {[*map(len, times)]}")
+    return Streamed(times, time.process_time() - busy)
 
 
 async def _stream_all(url: str, texts: list[str], new_tokens: int) -> list[list[float]]:
-    limits = httpx.Limits(max_connections=len(texts))
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        started = time.perf_counter()
-        streams = [
-            _stream(client, f"task-{i}", text, new_tokens, started) for i, text in enumerate(texts)
-        ]
-        return await asyncio.gather(*streams)
+    loop, address = asyncio.get_running_loop(), urlsplit(url)
+    requests = [
+        _request(address.netloc, f"task-{i}", text, new_tokens) for i, text in enumerate(texts)
+    ]
+    started = time.perf_counter()
+    streams = await asyncio.gather(
+        *(
+            loop.create_connection(partial(_Stream, request), address.hostname, address.port)
+            for request in requests
+        )
+    )
+    times = await asyncio.gather(*(stream.times for _, stream in streams))
+    return [[at - started for at in own] for own in times]
 
 
-async def _stream(
-    client: httpx.AsyncClient, task_id: str, text: str, new_tokens: int, started: float
-) -> list[float]:
-    body = {"inputs": text, "task_id": task_id, "parameters": {"max_new_tokens": new_tokens}}
-    times = []
-    async with client.stream("POST", "/generate_stream", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data:"):
-                times.append(time.perf_counter() - started)
-    return times
+def _request(host: str, task_id: str, text: str, new_tokens: int) -> bytes:
+    parameters = {"max_new_tokens": new_tokens, "ignore_eos": True}
+    body = json.dumps({"inputs": text, "task_id": task_id, "parameters": parameters}).encode()
+    head = (
+        "POST /generate_stream HTTP/1.1\r\n"
+        f"Host: {host}\r\n"
+        "Content-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        "Connection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+class _Stream(asyncio.Protocol):
+    """One request, and when each of its events ended."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._times: list[float] = []
+        self._body_end = b""
+        self._parser = httptools.HttpResponseParser(self)
+        self.times: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast("asyncio.WriteTransport", transport).write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        """Count the empty lines that end events, also where two reads part one."""
+        body = self._body_end + body
+        self._body_end = b"\n" if body.endswith(b"\n") and not body.endswith(b"\n\n") else b""
+        self._times += [time.perf_counter()] * body.count(b"\n\n")
+
+    def on_message_complete(self) -> None:
+        if self._parser.get_status_code() == HTTPStatus.OK:
+            self.times.set_result(self._times)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.times.done():
+            status = self._parser.get_status_code()
+            self.times.set_exception(error or ConnectionError(f"no whole answer; status {status}"))
 
 
 def http_rate(streams: list[list[float]]) -> float:
@@ -117,46 +189,62 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{p}_ms": 1000 * cuts[p - 1] for p in (50, 95, 99)}
 
 
+def loop_seconds(pid: int) -> float:
+    """Processor time of a process's first thread, on which the server's event loop runs (Linux)."""
+    fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def summary(rounds: list[Streamed], loop_cpu_seconds: float) -> dict[str, Any]:
+    """Latencies and processor time of every round."""
+    streams = [times for one in rounds for times in one.times]
+    gaps = [b - a for times in streams for a, b in itertools.pairwise(times)]
+    tokens = sum(map(len, streams))
+    return {
+        "ttft": percentiles([times[0] for times in streams]),
+        "itl": percentiles(gaps),
+        "cpu_us_per_token": {
+            "server_event_loop": 1e6 * loop_cpu_seconds / tokens,
+            "clients": 1e6 * sum(one.cpu_seconds for one in rounds) / tokens,
+        },
+    }
+
+
 def main() -> None:
     """Run and report."""
     options = arguments(__doc__ or "").parse_args()
     size, new = (2, 4) if options.smoke else (SEQUENCES, NEW_TOKENS)
-    rounds = 1 if options.smoke else options.rounds
     loaded = load_model()
     runner = choose_runner(loaded, MAX_SLOTS, MAX_LENGTH)
     prompt_ids = prompts(loaded, size)
     texts = [loaded.tokenizer.decode(ids) for ids in prompt_ids]
     prefixes = [random_prefix(loaded, PREFIX_LENGTH, seed) for seed in range(size)]
-    everything: list[list[float]] = []
+    rounds: list[Streamed] = []
 
     with (
-        running_server() as url,
+        running_server() as server,
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as clients,
     ):
         for i, prefix in enumerate(prefixes):
             answer = httpx.put(
-                f"{url}/admin/tasks/task-{i}", files={"file": prefix.to_bytes()}, timeout=60
+                f"{server.url}/admin/tasks/task-{i}", files={"file": prefix.to_bytes()}, timeout=60
             )
             answer.raise_for_status()
 
         def over_http() -> float:
-            streams = clients.submit(stream_all, url, texts, new).result()
-            everything.extend(streams)
-            return http_rate(streams)
+            rounds.append(clients.submit(stream_all, server.url, texts, new).result())
+            return http_rate(rounds[-1].times)
 
+        busy = loop_seconds(server.pid)
         rates = alternate(
-            rounds,
+            1 if options.smoke else options.rounds,
             {
                 "engine": partial(decode_rate, runner, prompt_ids, list(prefixes), new),
                 "http": over_http,
             },
         )
-    gaps = [b - a for times in everything for a, b in itertools.pairwise(times)]
-    results = {
-        "tokens_per_second": rates,
-        "ttft": percentiles([times[0] for times in everything]),
-        "itl": percentiles(gaps),
-    }
+        busy = loop_seconds(server.pid) - busy
+    results = {"tokens_per_second": rates, **summary(rounds, busy)}
     if not options.json:
         print(json.dumps(results, indent=2))
     ratio = rates["http"]["median"] / rates["engine"]["median"]

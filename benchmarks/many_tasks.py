@@ -69,7 +69,7 @@ async def task_server(*flags: str) -> AsyncIterator[TaskServer]:
         async with EmbeddedValkey(Path(folder)) as valkey:
             store = RedisPrefixStore.from_url(valkey.url, timeout=60)
             try:
-                with running_server("--redis-url", valkey.url, *flags) as url:
-                    yield TaskServer(url, valkey.url, store)
+                with running_server("--redis-url", valkey.url, *flags) as server:
+                    yield TaskServer(server.url, valkey.url, store)
             finally:
                 await store.close()

@@ -36,6 +36,7 @@ class Parameters(TypedDict, total=False):
     frequency_penalty: float
     seed: int
     stop: list[str]
+    ignore_eos: bool
     truncate: int
     top_n_tokens: int
     return_full_text: bool

@@ -24,3 +24,4 @@ RepetitionPenalty = Annotated[float | None, Option(help="Over 1 avoids tokens se
 FrequencyPenalty = Annotated[float | None, Option(help="Over 0 avoids tokens generated often.")]
 Seed = Annotated[int | None, Option(help="Makes drawn tokens repeatable.")]
 Stop = Annotated[list[str] | None, Option(help="End at this text; may be given several times.")]
+IgnoreEos = Annotated[bool | None, Option("--ignore-eos", help="Go on past the text's end.")]

@@ -152,6 +152,7 @@ def generate(  # noqa: PLR0917 - the command line gives them by name
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    ignore_eos: options.IgnoreEos = None,
     url: options.Url = DEFAULT_URL,
     as_json: options.Json = False,
 ) -> None:
@@ -169,6 +170,7 @@ def generate(  # noqa: PLR0917 - the command line gives them by name
         "frequency_penalty": frequency_penalty,
         "seed": seed,
         "stop": stop or None,
+        "ignore_eos": ignore_eos,
     }
     parameters = cast(Parameters, {k: v for k, v in given.items() if v is not None})
     with Client(url) as client:

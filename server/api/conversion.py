@@ -72,7 +72,11 @@ def _sampling(parameters: Parameters) -> SamplingParams:
         del given["temperature"]
         samples = False
     return SamplingParams(
-        max_new_tokens=1, do_sample=samples, top_logprobs=parameters.top_n_tokens or 0, **given
+        max_new_tokens=1,
+        do_sample=samples,
+        top_logprobs=parameters.top_n_tokens or 0,
+        ignore_eos=bool(parameters.ignore_eos),
+        **given,
     )
 
 

@@ -120,6 +120,12 @@ class Parameters(RequestModel):
         "first to appear ends the generated text and is the last thing in it.",
         examples=[["\n\n"]],
     )
+    ignore_eos: bool | None = Field(
+        default=None,
+        description="Go on past the end of the text, until `max_new_tokens` or a stop string; for "
+        "measurements. The end-of-text token is then one of the tokens.",
+        examples=[False],
+    )
     truncate: int | None = Field(
         default=None,
         ge=1,

@@ -119,9 +119,10 @@ class EngineCore:
         return sequence.request.request_id, event
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        if sequence.output_ids[-1] in self._eos_token_ids:
+        sampling = sequence.request.sampling
+        if sequence.output_ids[-1] in self._eos_token_ids and not sampling.ignore_eos:
             return FinishReason.EOS_TOKEN
-        if len(sequence.output_ids) == sequence.request.sampling.max_new_tokens:
+        if len(sequence.output_ids) == sampling.max_new_tokens:
             return FinishReason.LENGTH
         return None
 

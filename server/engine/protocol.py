@@ -40,6 +40,7 @@ class SamplingParams:
         frequency_penalty: subtracted from a token's logit for each time it was generated; 0 is off.
         seed: a sampled request with the same seed draws the same numbers whatever batch it is in.
         top_logprobs: number of most likely alternatives to report with each token.
+        ignore_eos: go on past the tokens that end a text.
     """
 
     max_new_tokens: int
@@ -53,6 +54,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int = 0
     top_logprobs: int = 0
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,13 +190,13 @@ def test_every_flag_of_generate_reaches_the_server(real_server: ServerProcess) -
     words = [str(word) for pair in flags.items() for word in pair]
     with faulty.faulty_server() as server:
         server.script(faulty.refuse(422), faulty.refuse(422))
-        for extra in (["--sample", "--stop", "a", "--stop", "b"], ["--greedy"]):
+        for extra in (["--sample", "--stop", "a", "--stop", "b"], ["--greedy", "--ignore-eos"]):
             arguments = ["generate", "t", INPUT, "--url", server.url, *words, *extra]
             CliRunner().invoke(app, arguments)
         sampled, greedy = (json.loads(body)["parameters"] for _, _, _, body in server.requests)
     expected = {flag[2:].replace("-", "_"): value for flag, value in flags.items()}
     assert sampled == {"details": True, **expected, "do_sample": True, "stop": ["a", "b"]}
-    assert greedy == {"details": True, **expected, "do_sample": False}
+    assert greedy == {"details": True, **expected, "do_sample": False, "ignore_eos": True}
 
 
 def test_status(run: Run, real_server: ServerProcess, task: str) -> None:

@@ -142,6 +142,7 @@ def test_every_parameter_is_taken(real_client: Client) -> None:
         "frequency_penalty": 0.1,
         "seed": 7,
         "stop": ["\n\n\n"],
+        "ignore_eos": True,
         "truncate": 3,
         "top_n_tokens": 2,
         "return_full_text": True,

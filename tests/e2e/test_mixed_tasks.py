@@ -127,6 +127,23 @@ async def test_32_requests_of_three_tasks_and_the_base_model_at_once(
         assert answer == text, (task_id, inputs, streamed)
 
 
+@pytest.mark.parametrize(
+    ("ignore_eos", "tokens", "reason"), [(False, 1, "eos_token"), (True, NEW_TOKENS, "length")]
+)
+def test_a_text_ends_where_the_model_ends_it_unless_told_not_to(
+    server: ServerProcess, smollm2: LoadedModel, ignore_eos: bool, tokens: int, reason: str
+) -> None:
+    prompt = "<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\nYes."
+    body = _body(None, prompt)
+    body["parameters"] |= {"details": True, "ignore_eos": ignore_eos}
+    answer = httpx.post(f"{server.url}/generate", json=body, timeout=60).json()
+    found = answer["details"]["tokens"]
+    assert (len(found), answer["details"]["finish_reason"]) == (tokens, reason)
+    assert (found[0]["text"], found[0]["special"]) == ("<|im_end|>", True)
+    readable = "".join(token["text"] for token in found if not token["special"])
+    assert answer["generated_text"] == readable
+
+
 def _body(task_id: str | None, inputs: str) -> dict[str, Any]:
     body = {"inputs": inputs, "parameters": {"max_new_tokens": NEW_TOKENS}}
     return body if task_id is None else {**body, "task_id": task_id}

@@ -188,6 +188,23 @@ def check_greedy(loaded: LoadedModel, plans: list[Plan], found: list[list[TokenE
         assert [e.finish_reason for e in events] == [None] * (len(events) - 1) + [reason]
 
 
+@pytest.mark.parametrize(
+    ("ignore_eos", "reasons"),
+    [(False, [FinishReason.EOS_TOKEN]), (True, [None, None, FinishReason.LENGTH])],
+)
+def test_the_end_of_a_text_can_be_ignored(
+    tiny_llama: LoadedModel, ignore_eos: bool, reasons: list[FinishReason | None]
+) -> None:
+    every_token = frozenset(range(tiny_llama.model.config.vocab_size))
+    core = EngineCore(choose_runner(tiny_llama, 3, 80), CONFIG, every_token)
+    plan = Plan(0, (7, 8, 9), max_new_tokens=3, sampling={"ignore_eos": ignore_eos})
+    core.add(plan.sequence(tiny_llama, 0))
+    events = []
+    while core.has_work:
+        events += [event for _, event in core.step().events]
+    assert [event.finish_reason for event in events] == reasons
+
+
 def test_fast_paths_are_chosen_by_structure(tiny: LoadedModel) -> None:
     expected = tiny.model.config.model_type in {"llama", "qwen2"}
     assert isinstance(choose_runner(tiny, 2, 16), PackedRunner) is expected

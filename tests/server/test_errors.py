@@ -118,6 +118,7 @@ def test_a_wrong_body_is_422(server: LiveServer, body: dict[str, Any], words: li
         ({"max_new_tokens": "9"}, ["max_new_tokens", "'9'"]),
         ({"max_new_tokens": True}, ["max_new_tokens"]),
         ({"truncate": 0}, ["truncate"]),
+        ({"ignore_eos": 1}, ["ignore_eos", "found 1"]),
         ({"top_n_tokens": 21}, ["top_n_tokens", "20"]),
         ({"stop": [""]}, ["stop"]),
         ({"stop": ["x"] * 17}, ["stop", "16"]),
