@@ -22,11 +22,20 @@ INLINE void NAME(value_panel)(const T *values, int64_t count, int64_t head_dim, 
                               uint32_t *panel) {
   const int64_t each = 4 / (int64_t)sizeof(T);
   const int64_t width = head_dim - first < PANEL ? head_dim - first : PANEL;
-  T *out = (T *)panel;
-  for (int64_t j = 0; j < PANEL; j++) {
-    T *to = out + j / each * PANEL * each + j % each;
-    const T *from = values + j * head_dim + first;
-    for (int64_t c = 0; c < PANEL; c++) to[c * each] = j < count && c < width ? from[c] : 0;
+  T rows[2][PANEL] = {{0}};
+  for (int64_t j = 0; j < PANEL; j += each) {
+    for (int64_t i = 0; i < each; i++) {
+      if (j + i < count)
+        memcpy(rows[i], values + (j + i) * head_dim + first, sizeof(T) * width);
+      else
+        memset(rows[i], 0, sizeof(rows[i]));
+    }
+    T *out = (T *)(panel + j / each * PANEL);
+    if (each == 1)
+      memcpy(out, rows[0], sizeof(rows[0]));
+    else
+#pragma omp simd
+      for (int64_t c = 0; c < PANEL; c++) out[2 * c] = rows[0][c], out[2 * c + 1] = rows[1][c];
   }
 }
 
