@@ -10,12 +10,21 @@ import typer
 from pydantic_core import to_json
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from clients._answers import StreamToken, Task, Version
 from clients._files import Progress as OnSent
+from prefix_store.checkup import Checkup
 
 _PIPED_WIDTH = 1000
 _SHORT_VERSION = len("sha256:") + 12
@@ -94,20 +103,46 @@ def print_stream(tokens: Iterable[StreamToken], as_json: bool) -> None:
         typer.echo()
 
 
+def print_checkup(checkup: Checkup) -> None:
+    """A line for each task that is in order and for each thing that is wrong."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("TASK", overflow="fold")
+    table.add_column("VERSION", no_wrap=True)
+    table.add_column("STATE", overflow="fold")
+    table.add_column("WHAT TO DO", overflow="fold")
+    wrong = {finding.task_id for finding in checkup.findings}
+    for task in checkup.tasks:
+        if task.task_id not in wrong:
+            table.add_row(
+                Text(task.task_id), task.version[:_SHORT_VERSION], Text("ok", style="green")
+            )
+    for finding in checkup.findings:
+        table.add_row(
+            Text(finding.task_id or "-"),
+            finding.version[:_SHORT_VERSION] or "-",
+            Text(finding.problem, style="red"),
+            Text(finding.remedy),
+        )
+    _print_table(table)
+
+
 @contextmanager
-def upload_progress(label: str) -> Iterator[OnSent]:
-    """A bar of the bytes sent on stderr, gone when it is done; no bar without a terminal."""
+def progress_bar(label: str, *, of_bytes: bool) -> Iterator[OnSent]:
+    """A bar on stderr, of bytes or of a count, gone when it is done; no bar without a terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    counters: tuple[ProgressColumn, ...] = (
+        (DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)
+    )
     with Progress(
-        *columns,
-        TransferSpeedColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *counters,
         console=console,
         transient=True,
         disable=not console.is_terminal,
     ) as bars:
-        bar = bars.add_task(f"Uploading {label}", total=None)
-        yield lambda sent, total: bars.update(bar, completed=sent, total=total)
+        bar = bars.add_task(label, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
 def _print_table(table: Table) -> None:

@@ -19,11 +19,13 @@ from clients._console import (
     print_json,
     print_stream,
     print_tasks,
-    upload_progress,
+    progress_bar,
 )
 from clients._errors import PrefixServeError
 from clients._status import read_status
+from clients._store import doctor, export, import_
 from clients._tasks import app as tasks_app
+from prefix_store.errors import PrefixStoreError
 
 COMMANDS = "prefixserve.commands"
 """Entry-point group of commands that other packages bring: functions of the argument list."""
@@ -35,7 +37,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except PrefixServeError as error:
+        except (PrefixServeError, PrefixStoreError) as error:
             print_error(str(error))
             raise typer.Exit(1) from error
 
@@ -49,6 +51,9 @@ app = typer.Typer(
 
 
 app.add_typer(tasks_app, name="tasks")
+app.command()(export)
+app.command("import")(import_)
+app.command()(doctor)
 
 
 def main() -> None:
@@ -95,7 +100,7 @@ def upload(  # noqa: PLR0917 - the command line gives them by name
         raise typer.BadParameter("give either a PATH or --text")
     if text is not None:
         text = _text(text)
-    with Client(url) as client, upload_progress(task) as progress:
+    with Client(url) as client, progress_bar(f"Uploading {task}", of_bytes=True) as progress:
         stored = client.upload(task, path, text=text, activate=activate, progress=progress)
     print_json(stored) if as_json else print_tasks([stored])
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from prefix_store.prefix import Prefix, version_of
+from prefix_store.task import TaskRecord
 from prefix_store.tensor_file import Buffer
 
 
@@ -28,3 +29,16 @@ class Artefact:
         """A prefix made here, written out in memory."""
         data = prefix.to_bytes()
         return cls(prefix, data, version_of(data))
+
+    def record(self, task_id: str, created_at: float) -> TaskRecord:
+        """A task at this version since `created_at`, in unix seconds."""
+        return TaskRecord(
+            task_id=task_id,
+            version=self.version,
+            prefix_length=self.prefix.prefix_length,
+            nbytes=len(self.data),
+            method=self.prefix.method,
+            base_model=self.prefix.base_model,
+            template=self.prefix.template,
+            created_at=created_at,
+        )

@@ -59,3 +59,7 @@ class StoreUnavailableError(PrefixStoreError):
 
 class ModelLoadError(PrefixStoreError):
     """The base model cannot be found, read or served."""
+
+
+class ArchiveError(PrefixStoreError):
+    """An exported folder, or a task in it, cannot be written or used."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +11,7 @@ from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
 from prefix_store.task import Task, TaskRecord
 
-__all__ = ["Changes", "PrefixStore", "Subscription", "Task", "TaskRecord"]
+__all__ = ["Audit", "Changes", "PrefixStore", "Subscription", "Task", "TaskRecord"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,24 @@ class Changes:
 
     position: str
     task_ids: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What the store's own books say, read at one moment.
+
+    Attributes:
+        tasks: by name.
+        unreadable: names of tasks whose stored text is damaged.
+        unreferenced: versions, or blobs of them, with bytes that no task keeps and nothing will
+            delete.
+        miscounted: versions whose number of tasks on record is wrong.
+    """
+
+    tasks: tuple[Task, ...]
+    unreadable: tuple[str, ...]
+    unreferenced: tuple[str, ...]
+    miscounted: tuple[str, ...]
 
 
 class Subscription(Protocol):
@@ -58,6 +76,18 @@ class PrefixStore(Protocol):
         Raises:
             InvalidTaskIdError: `check_task_id` refuses the name.
             UnknownTaskError: no task of this name, and `activate` is false.
+        """
+
+    async def restore(
+        self, task: Task, artefacts: Sequence[Artefact], condition: Condition = ALWAYS
+    ) -> None:
+        """Make a task be exactly this, in one step, in place of what has its name.
+
+        Args:
+            artefacts: one of each version that it keeps.
+
+        Raises:
+            InvalidTaskIdError: `check_task_id` refuses the name.
         """
 
     async def activate(self, task_id: str, version: str, condition: Condition = ALWAYS) -> Task:
@@ -151,6 +181,12 @@ class PrefixStore(Protocol):
 
     async def collect(self) -> int:
         """Delete what interrupted uploads and dropped versions left behind; how many artefacts."""
+
+    async def audit(self) -> Audit:
+        """Check the store's own books; the artefacts' bytes are not read.
+
+        What uploads under way and interrupted ones left is in order: it goes by itself.
+        """
 
     async def ping(self) -> None:
         """Return if the store answers."""

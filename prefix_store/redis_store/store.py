@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import cast
@@ -19,9 +19,11 @@ from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
 from prefix_store.errors import PrefixStoreError, StoreUnavailableError
 from prefix_store.redis_store import layout
+from prefix_store.redis_store.audit import audit
 from prefix_store.redis_store.blobs import Blobs, CondemnedError
+from prefix_store.redis_store.layout import Blob
 from prefix_store.redis_store.tasks import Tasks, unknown
-from prefix_store.store import Changes, Subscription
+from prefix_store.store import Audit, Changes, Subscription
 from prefix_store.task import (
     Task,
     TaskRecord,
@@ -97,7 +99,7 @@ class RedisPrefixStore:
         condition: Condition = ALWAYS,
     ) -> TaskRecord:
         """See `PrefixStore.put`."""
-        record = _record(check_task_id(task_id), artefact)
+        record = artefact.record(check_task_id(task_id), time.time())
 
         def step(task: Task | None) -> Task:
             condition.check(task_id, None if task is None else task.version)
@@ -109,8 +111,21 @@ class RedisPrefixStore:
 
         async with self._reaching():
             step((await self._tasks.snapshot(task_id)).task)  # before any byte is written
-            await self._publish(task_id, artefact, step)
+            await self._publish(task_id, [artefact], step)
         return record
+
+    async def restore(
+        self, task: Task, artefacts: Sequence[Artefact], condition: Condition = ALWAYS
+    ) -> None:
+        """See `PrefixStore.restore`."""
+        check_task_id(task.task_id)
+
+        def step(found: Task | None) -> Task:
+            condition.check(task.task_id, None if found is None else found.version)
+            return task
+
+        async with self._reaching():
+            await self._publish(task.task_id, artefacts, step)
 
     async def activate(self, task_id: str, version: str, condition: Condition = ALWAYS) -> Task:
         """See `PrefixStore.activate`."""
@@ -190,6 +205,11 @@ class RedisPrefixStore:
         async with self._reaching():
             return await self._blobs.collect()
 
+    async def audit(self) -> Audit:
+        """See `PrefixStore.audit`."""
+        async with self._reaching():
+            return await audit(self._client)
+
     async def ping(self) -> None:
         """See `PrefixStore.ping`."""
         async with self._reaching():
@@ -200,21 +220,24 @@ class RedisPrefixStore:
         await self._client.aclose()
 
     async def _publish(
-        self, task_id: str, artefact: Artefact, step: Callable[[Task | None], Task]
+        self, task_id: str, artefacts: Sequence[Artefact], step: Callable[[Task | None], Task]
     ) -> None:
         """Write the bytes, then change the task to have them; again if that took too long."""
         while True:
-            blob = await self._blobs.reserve(artefact.version, len(artefact.data))
+            blobs: list[Blob] = []
             try:
-                for index in range(len(blob.keys)):
-                    await self._blobs.write(blob, index, artefact.data)
-                await self._blobs.seal(blob)
-                await self._tasks.change(task_id, step, blob)
-            except CondemnedError:
-                continue
-            except PrefixStoreError:
-                await self._blobs.abandon(blob)
+                for artefact in artefacts:
+                    blobs.append(await self._blobs.reserve(artefact.version, len(artefact.data)))
+                    for index in range(len(blobs[-1].keys)):
+                        await self._blobs.write(blobs[-1], index, artefact.data)
+                    await self._blobs.seal(blobs[-1])
+                await self._tasks.change(task_id, step, blobs)
+            except (CondemnedError, PrefixStoreError) as error:
+                for blob in blobs:
+                    await self._blobs.abandon(blob)
                 await self._tidy()
+                if isinstance(error, CondemnedError):
+                    continue
                 raise
             await self._tidy()
             return
@@ -265,20 +288,6 @@ def _check_exists(task_id: str, task: Task | None, condition: Condition) -> Task
     if task is None:
         raise unknown(task_id)
     return task
-
-
-def _record(task_id: str, artefact: Artefact) -> TaskRecord:
-    prefix = artefact.prefix
-    return TaskRecord(
-        task_id=task_id,
-        version=artefact.version,
-        prefix_length=prefix.prefix_length,
-        nbytes=len(artefact.data),
-        method=prefix.method,
-        base_model=prefix.base_model,
-        template=prefix.template,
-        created_at=time.time(),
-    )
 
 
 def _address(url: str) -> str:

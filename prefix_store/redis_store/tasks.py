@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,20 +25,24 @@ _START = "0-0"
 # One atomic step: a reader sees the task before it or after it, never between. A change that is
 # sent again, because its answer was lost, is known by its text and not made twice.
 _COMMIT = """
-local task_id, expected, new, blob = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local task_id, expected, new, nonce = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local most, channel, last_blob = ARGV[5], ARGV[6], 7 + 3 * ARGV[7]
 local tasks, blobs, users, pending, garbage, revision, changes = unpack(KEYS)
 local current = redis.call('HGET', tasks, task_id) or ''
 if current == new then return 'done' end
 if current ~= expected then return 'changed' end
-if blob ~= '' then
-  if redis.call('ZREM', pending, blob) == 0 then return 'condemned' end
-  local version = ARGV[5]
+for i = 8, last_blob, 3 do
+  if not redis.call('ZSCORE', pending, ARGV[i]) then return 'condemned' end
+end
+for i = 8, last_blob, 3 do
+  local blob, version, is_new = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  redis.call('ZREM', pending, blob)
   local old = redis.call('HGET', blobs, version)
   if old then redis.call('SADD', garbage, old) end
   redis.call('HSET', blobs, version, blob)
-  if ARGV[6] == '1' then redis.call('HINCRBY', users, version, 1) end
+  if is_new == '1' then redis.call('HINCRBY', users, version, 1) end
 end
-for i = 10, #ARGV do
+for i = last_blob + 1, #ARGV do
   local version = ARGV[i]
   if redis.call('HINCRBY', users, version, -1) == 0 then
     redis.call('HDEL', users, version)
@@ -51,9 +55,9 @@ if new == '' then
 else
   redis.call('HSET', tasks, task_id, new)
 end
-local id = redis.call('INCR', revision) .. '-' .. ARGV[7]
-redis.call('XADD', changes, 'MAXLEN', ARGV[8], id, 'task', task_id)
-redis.call('PUBLISH', ARGV[9], id)
+local id = redis.call('INCR', revision) .. '-' .. nonce
+redis.call('XADD', changes, 'MAXLEN', most, id, 'task', task_id)
+redis.call('PUBLISH', channel, id)
 return 'done'
 """
 _COMMIT_KEYS = [
@@ -107,28 +111,28 @@ class Tasks:
         return [found[task_id] for task_id in sorted(found)]
 
     async def change(
-        self, task_id: str, step: Callable[[Task | None], Task | None], blob: Blob | None = None
+        self, task_id: str, step: Callable[[Task | None], Task | None], blobs: Sequence[Blob] = ()
     ) -> Task | None:
         """Replace a task by what `step` makes of it; None is no task. What it raises is raised.
 
         Args:
             step: called again when another change came in between.
-            blob: sealed, of the version that the change adds.
+            blobs: sealed, one of each version that the change writes.
 
         Raises:
-            CondemnedError: the blob is no longer pending.
+            CondemnedError: a blob is no longer pending.
         """
         while True:
             before = await self.snapshot(task_id)
             after = step(before.task)
-            if await self.commit(before, after, blob):
+            if await self.commit(before, after, blobs):
                 return after
 
-    async def commit(self, before: Snapshot, after: Task | None, blob: Blob | None) -> bool:
+    async def commit(self, before: Snapshot, after: Task | None, blobs: Sequence[Blob]) -> bool:
         """Replace the task in one step, if it is still as it was read.
 
         Raises:
-            CondemnedError: the blob is no longer pending.
+            CondemnedError: a blob is no longer pending.
         """
         old = set() if before.task is None else {kept.version for kept in before.task.versions}
         new = set() if after is None else {kept.version for kept in after.versions}
@@ -136,14 +140,14 @@ class Tasks:
             before.task_id,
             before.text,
             "" if after is None else task_to_json(after),
-            "" if blob is None else blob.name,
-            "" if blob is None else blob.version,
-            int(blob is not None and blob.version not in old),
             random.randrange(_NONCES),  # noqa: S311
             MAX_CHANGES,
             layout.CHANGED,
-            *sorted(old - new),
+            len(blobs),
         ]
+        for blob in blobs:
+            args += [blob.name, blob.version, int(blob.version not in old)]
+        args += sorted(old - new)
         outcome = await self._commit(keys=_COMMIT_KEYS, args=args)
         if outcome == b"condemned":
             raise CondemnedError

@@ -19,6 +19,8 @@ from prefix_store.errors import (
 )
 from prefix_store.prefix import version_of
 from prefix_store.redis_store import RedisPrefixStore, layout
+from prefix_store.redis_store.blobs import Blobs, CondemnedError
+from prefix_store.redis_store.tasks import Tasks
 from prefix_store.store import Task
 from tests.prefix_store.examples import LENGTH, an_artefact
 
@@ -36,6 +38,30 @@ async def test_a_task_is_what_was_put(store: RedisPrefixStore) -> None:
     assert before <= record.created_at <= time.time()
     assert await store.get("e2e") == Task("e2e", record.version, (record,))
     assert await store.read(record.version) == artefact.data
+
+
+async def test_a_task_with_a_blob_that_was_given_up_is_not_made(
+    store: RedisPrefixStore, redis: Redis
+) -> None:
+    blobs, tasks = Blobs(redis, upload_seconds=60, chunk_bytes=2**20), Tasks(redis)
+    artefacts = [an_artefact(seed) for seed in range(2)]
+    first, second = [await blobs.reserve(one.version, len(one.data)) for one in artefacts]
+    for blob, one in zip((first, second), artefacts, strict=True):
+        await blobs.write(blob, 0, one.data)
+        await blobs.seal(blob)
+    await blobs.abandon(second)
+    await blobs.collect()
+    records = tuple(one.record("two", 0.0) for one in artefacts)
+
+    with pytest.raises(CondemnedError):
+        await tasks.commit(
+            await tasks.snapshot("two"),
+            Task("two", records[0].version, records),
+            [first, second],
+        )
+
+    assert await store.list() == []
+    assert await redis.zrange(layout.PENDING, 0, -1) == [first.name.encode()]
 
 
 async def test_lists_every_task_by_name(store: RedisPrefixStore) -> None:

@@ -129,7 +129,7 @@ class StoreMachine(RuleBasedStateMachine):
             else uploaded(task, record, activate=activate, keep=KEEP)
         )
         try:
-            done = self.run(self.tasks.commit(upload.seen, after, upload.blob))
+            done = self.run(self.tasks.commit(upload.seen, after, [upload.blob]))
         except CondemnedError:
             assert upload.blob.name not in self.pending
             return
@@ -231,7 +231,7 @@ class StoreMachine(RuleBasedStateMachine):
         except PrefixStoreError:
             return
         before = self.run(self.tasks.snapshot(task_id))
-        assert self.run(self.tasks.commit(before, after, None))
+        assert self.run(self.tasks.commit(before, after, []))
         self._now(task_id, after)
 
     def _now(self, task_id: str, task: Task | None) -> None:
