@@ -27,7 +27,7 @@ LATEST = ROOT / "benchmarks" / "results" / "latest.json"
 PLOT = ROOT / "docs" / "images" / "performance.png"
 NAMES = tuple(
     name
-    for name in ("engine", "http", "peers", "tasks", "cold", "shared_prefix")
+    for name in ("engine", "http", "peers", "tasks", "cold", "shared_prefix", "int8")
     if importlib.util.find_spec(f"benchmarks.{name}")
 )
 
