@@ -13,6 +13,7 @@ from prefix_store.directory import TaskDirectory
 from prefix_store.errors import IncompatiblePrefixError
 from prefix_store.model_loading import LoadedModel
 from prefix_store.opening import opened_store
+from prefix_store.redis_store.durability import Wait
 from server.demo_tasks import DEMO_TASKS, DemoTask
 from server.engine.native import NativeEngine
 from server.engine.protocol import Engine, EngineConfig
@@ -61,6 +62,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
                 settings.data_dir,
                 answer_seconds=settings.store_timeout_seconds,
                 keep_versions=settings.keep_versions,
+                wait=Wait(settings.store_wait_replicas, settings.store_wait_aof),
             )
         )
         metrics = Metrics(settings.max_metric_tasks)

@@ -17,6 +17,7 @@ from pydantic_settings import (
 
 from prefix_store.model_loading import DEFAULT_MODEL
 from prefix_store.opening import DEFAULT_DATA_DIR
+from prefix_store.redis_store.connecting import URL_PATTERN
 from server.engine.protocol import Quantize
 from server.errors import StartupError
 
@@ -70,10 +71,8 @@ class Settings(BaseSettings):
     quantize: Quantize = "none"
     """Numbers the weights are kept in; int8 on a CPU is faster and a little less faithful."""
 
-    redis_url: str | None = Field(
-        default=None, pattern=r"^(redis|rediss|unix)://", repr=False, max_length=2048
-    )
-    """Redis or Valkey that keeps the prefixes, redis://host:6379/0; none starts an own one."""
+    redis_url: str | None = Field(default=None, pattern=URL_PATTERN, repr=False, max_length=2048)
+    """Redis or Valkey to keep prefixes, redis[s][+cluster|+sentinel]://host; none starts one."""
 
     demo_tasks: bool = True
     """Upload the demo tasks when the server's own store is empty."""
@@ -116,6 +115,12 @@ class Settings(BaseSettings):
 
     store_timeout_seconds: Seconds = 5.0
     """How long to wait for the store to answer."""
+
+    store_wait_replicas: int = Field(default=0, ge=0, le=100)
+    """Replicas of the store that must have a change before it is acknowledged."""
+
+    store_wait_aof: bool = False
+    """Acknowledge a change once it is on the store's disk, and on that of those replicas."""
 
     drain_seconds: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False)
     """How long running requests may take to finish after SIGTERM."""

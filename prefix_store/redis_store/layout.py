@@ -11,6 +11,7 @@ one node; the chunks of a blob share a tag of their own, so that blobs spread ov
     {prefixserve}:revision   string  number of the last change
     {prefixserve}:changes    stream  the last changes; an id is `<revision>-<random>`
     {prefixserve}:changed    channel a message at each change
+    {prefixserve}:barrier    string  written before WAIT and WAITAOF; expires
     prefixserve:{<blob>}:<i> string  the blob's chunk number i
 """
 
@@ -33,6 +34,7 @@ GARBAGE = f"{_TAG}:garbage"
 REVISION = f"{_TAG}:revision"
 CHANGES = f"{_TAG}:changes"
 CHANGED = f"{_TAG}:changed"
+BARRIER = f"{_TAG}:barrier"
 
 CHUNK_BYTES = 4 * 1024 * 1024
 

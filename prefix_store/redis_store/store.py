@@ -9,11 +9,8 @@ from dataclasses import replace
 from typing import cast
 from urllib.parse import urlsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import PubSub
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
@@ -21,6 +18,8 @@ from prefix_store.errors import PrefixStoreError, StoreUnavailableError
 from prefix_store.redis_store import layout
 from prefix_store.redis_store.audit import audit
 from prefix_store.redis_store.blobs import Blobs, CondemnedError
+from prefix_store.redis_store.connecting import Connected, connect
+from prefix_store.redis_store.durability import NO_WAIT, Wait, risks
 from prefix_store.redis_store.layout import Blob
 from prefix_store.redis_store.tasks import Tasks, unknown
 from prefix_store.store import Audit, Changes, Subscription
@@ -38,8 +37,7 @@ from prefix_store.task_id import check_task_id
 
 KEEP_VERSIONS = 5
 UPLOAD_SECONDS = 900
-_MAX_CONNECTIONS = 32
-_RETRIES = 3
+_FAILURES = (RedisError, RedisClusterException, OSError)
 
 
 class RedisPrefixStore:
@@ -47,48 +45,55 @@ class RedisPrefixStore:
 
     def __init__(
         self,
-        client: Redis,
-        address: str,
+        connected: Connected,
         *,
+        wait: Wait = NO_WAIT,
         keep_versions: int = KEEP_VERSIONS,
         upload_seconds: int = UPLOAD_SECONDS,
         chunk_bytes: int = layout.CHUNK_BYTES,
     ) -> None:
         """
         Args:
-            address: what errors call the server.
+            wait: what every change waits for before it returns.
             keep_versions: versions kept of each task, at least 1; those in use count.
             upload_seconds: how long writing one artefact to the server may take.
             chunk_bytes: size of the pieces that artefacts are stored in.
         """
-        self._client = client
-        self._address = address
+        self._connected = connected
+        self._client = client = connected.client
+        self._wait = wait
         self._keep_versions = keep_versions
         self._tasks = Tasks(client)
         self._blobs = Blobs(client, upload_seconds, chunk_bytes)
 
     @classmethod
     def from_url(
-        cls, url: str, *, timeout: float = 5.0, keep_versions: int = KEEP_VERSIONS
+        cls,
+        url: str,
+        *,
+        timeout: float = 5.0,
+        keep_versions: int = KEEP_VERSIONS,
+        chunk_bytes: int = layout.CHUNK_BYTES,
+        wait: Wait = NO_WAIT,
     ) -> RedisPrefixStore:
-        """A store at a `redis://`, `rediss://` or `unix://` URL; connects on first use.
+        """A store at a URL; connects on first use.
 
         Args:
-            timeout: most seconds to wait to connect, for each answer and for a free connection;
-                a failed call is retried three times within about a second.
+            url, timeout: see `connect`.
+            keep_versions, chunk_bytes, wait: see `RedisPrefixStore`.
 
         Raises:
-            ValueError: not such a URL.
+            ValueError: not such a URL; or `wait` for a cluster, where it would have to ask each
+                node that a change touches.
         """
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=_MAX_CONNECTIONS,
-            timeout=timeout,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), _RETRIES),
+        if wait and urlsplit(url).scheme.endswith("+cluster"):
+            raise ValueError("a cluster with --store-wait-replicas or --store-wait-aof; unset them")
+        return cls(
+            connect(url, timeout),
+            wait=wait,
+            keep_versions=keep_versions,
+            chunk_bytes=chunk_bytes,
         )
-        return cls(Redis.from_pool(pool), _address(url), keep_versions=keep_versions)
 
     async def put(
         self,
@@ -159,6 +164,7 @@ class RedisPrefixStore:
 
         async with self._reaching():
             await self._tasks.change(task_id, step)
+            await self._confirm()
             await self._tidy()
 
     async def get(self, task_id: str) -> Task:
@@ -215,9 +221,14 @@ class RedisPrefixStore:
         async with self._reaching():
             await self._client.ping()
 
+    async def risks(self) -> tuple[str, ...]:
+        """What the server's settings could lose, in words for its operator."""
+        async with self._reaching():
+            return await risks(self._client)
+
     async def close(self) -> None:
         """See `PrefixStore.close`."""
-        await self._client.aclose()
+        await self._connected.close()
 
     async def _publish(
         self, task_id: str, artefacts: Sequence[Artefact], step: Callable[[Task | None], Task]
@@ -239,6 +250,7 @@ class RedisPrefixStore:
                 if isinstance(error, CondemnedError):
                     continue
                 raise
+            await self._confirm()
             await self._tidy()
             return
 
@@ -250,21 +262,25 @@ class RedisPrefixStore:
 
         async with self._reaching():
             task = await self._tasks.change(task_id, step)
+            await self._confirm()
             await self._tidy()
         return cast("Task", task)
 
+    async def _confirm(self) -> None:
+        await self._wait.confirm(self._client, self._connected.timeout)
+
     async def _tidy(self) -> None:
         """Delete what a change left over; where that fails it stays for `collect`."""
-        with suppress(RedisError, OSError):
+        with suppress(*_FAILURES):
             await self._blobs.collect()
 
     @asynccontextmanager
     async def _reaching(self) -> AsyncIterator[None]:
         try:
             yield
-        except (RedisError, OSError) as error:
+        except _FAILURES as error:
             raise StoreUnavailableError(
-                f"the prefix store at {self._address} does not answer: {error}"
+                f"the prefix store at {self._connected.address} does not answer: {error}"
             ) from error
 
 
@@ -288,11 +304,3 @@ def _check_exists(task_id: str, task: Task | None, condition: Condition) -> Task
     if task is None:
         raise unknown(task_id)
     return task
-
-
-def _address(url: str) -> str:
-    """The URL's host or socket without its user, password and query."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return parts.path
-    return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"

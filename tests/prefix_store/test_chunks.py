@@ -13,7 +13,6 @@ import torch
 from redis.asyncio import Redis
 
 from prefix_store.artefact import Artefact
-from prefix_store.embedded import EmbeddedValkey
 from prefix_store.errors import CorruptArtefactError, UnknownVersionError
 from prefix_store.prefix import Prefix, version_of
 from prefix_store.redis_store import RedisPrefixStore, layout
@@ -25,10 +24,10 @@ POSITIONS = 40_000  # about 8 MB
 
 
 @pytest_asyncio.fixture
-async def store(valkey: EmbeddedValkey, redis: Redis) -> AsyncIterator[RedisPrefixStore]:
-    client = Redis.from_url(valkey.url)
-    yield RedisPrefixStore(client, "here", chunk_bytes=CHUNK_BYTES)
-    await client.aclose()
+async def store(url: str, redis: Redis) -> AsyncIterator[RedisPrefixStore]:
+    store = RedisPrefixStore.from_url(url, chunk_bytes=CHUNK_BYTES)
+    yield store
+    await store.close()
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ NEVER = 3600.0
 
 
 @pytest_asyncio.fixture
-async def writer(valkey: EmbeddedValkey) -> AsyncIterator[RedisPrefixStore]:
+async def writer(url: str) -> AsyncIterator[RedisPrefixStore]:
     """The store as another server has it."""
-    store = RedisPrefixStore.from_url(valkey.url)
+    store = RedisPrefixStore.from_url(url)
     yield store
     await store.close()
 

@@ -89,10 +89,8 @@ async def test_equal_artefacts_are_kept_once_and_go_with_the_last_task(
     assert set(await redis.keys("*")) == {layout.REVISION.encode(), layout.CHANGES.encode()}
 
 
-async def test_keeps_the_last_versions_and_those_other_tasks_keep(
-    valkey: EmbeddedValkey, redis: Redis
-) -> None:
-    store = RedisPrefixStore.from_url(valkey.url, keep_versions=2)
+async def test_keeps_the_last_versions_and_those_other_tasks_keep(url: str, redis: Redis) -> None:
+    store = RedisPrefixStore.from_url(url, keep_versions=2)
     versions = [(await store.put("one", an_artefact(seed))).version for seed in range(2)]
     await store.put("two", an_artefact())
 
