@@ -77,10 +77,12 @@ class TaskDirectory:
 
     async def close(self) -> None:
         """Stop following, and look-ups under way."""
-        tasks = [*self._running, *([self._following] if self._following else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        running = {*self._running, *([self._following] if self._following else [])}
+        # Again, since the client loses a cancellation that comes while it connects anew.
+        while running:
+            for task in running:
+                task.cancel()
+            _, running = await asyncio.wait(running, timeout=RETRY_SECONDS)
 
     async def get(self, task_id: str) -> Task:
         """The task; at most a second old while the store is connected.

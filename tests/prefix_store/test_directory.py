@@ -100,6 +100,20 @@ async def test_sees_what_another_server_changes(
     await follows(directory, "one", None)
 
 
+async def test_closes_while_its_connection_is_being_made_anew(
+    store: RedisPrefixStore, redis: Redis
+) -> None:
+    for turn in range(60):
+        directory = TaskDirectory(store)
+        await directory.start()
+        await subscribed(redis)
+        await redis.client_kill_filter(_type="pubsub")
+        for _ in range(turn % 20):  # a little further into it each time
+            await asyncio.sleep(0)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await directory.close()
+
+
 async def test_looks_a_task_up_once_however_many_ask(
     directory: TaskDirectory, writer: RedisPrefixStore, redis: Redis
 ) -> None:
