@@ -3,6 +3,9 @@
 PrefixServeError
 ├── InvalidArgumentError      an argument that cannot be used, e.g. an address without http://
 ├── PrefixFileError           a prefix cannot be read, or written, or is none this client can send
+├── TrainingError             rows, settings and model that cannot be trained together
+│   ├── TrainingDivergedError    the loss became NaN or infinite
+│   └── TrainingInterruptedError it was stopped and can be resumed
 ├── APIConnectionError        no answer, or it broke off
 │   └── APITimeoutError       the server took longer than the client's timeout
 ├── APIResponseError          an answer that is not prefixserve's: is the address right?
@@ -31,6 +34,18 @@ class InvalidArgumentError(PrefixServeError):
 
 class PrefixFileError(PrefixServeError):
     """A prefix file cannot be read or written, or is none that this client can send."""
+
+
+class TrainingError(PrefixServeError):
+    """Rows, settings and model that cannot be trained together."""
+
+
+class TrainingDivergedError(TrainingError):
+    """The loss became NaN or infinite."""
+
+
+class TrainingInterruptedError(TrainingError):
+    """Training was stopped; it can be resumed."""
 
 
 class APIConnectionError(PrefixServeError):

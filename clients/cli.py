@@ -25,6 +25,7 @@ from clients._errors import PrefixServeError
 from clients._status import read_status
 from clients._store import doctor, export, import_
 from clients._tasks import app as tasks_app
+from clients.training.command import train_command
 from prefix_store.errors import PrefixStoreError
 
 COMMANDS = "prefixserve.commands"
@@ -54,6 +55,7 @@ app.add_typer(tasks_app, name="tasks")
 app.command()(export)
 app.command("import")(import_)
 app.command()(doctor)
+app.command("train")(train_command)
 
 
 def main() -> None:

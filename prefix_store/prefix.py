@@ -65,7 +65,7 @@ class Prefix:
             )
         for name in ("method", "base_model", "fingerprint"):
             check_name(name, getattr(self, name))
-        _check_template(self.template)
+        check_template(self.template)
         _check_training(self.training)
 
     @property
@@ -164,7 +164,12 @@ def check_name(name: str, value: object) -> None:
         )
 
 
-def _check_template(value: object) -> None:
+def check_template(value: object) -> None:
+    """Refuse what is neither empty nor text of bearable length with `{source}` in it.
+
+    Raises:
+        InvalidPrefixError
+    """
     if not isinstance(value, str) or len(value) > MAX_TEMPLATE_CHARS:
         raise InvalidPrefixError(
             f"template is {str(value)[:40]!r}; expected text of at most {MAX_TEMPLATE_CHARS} "

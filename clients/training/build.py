@@ -1,0 +1,112 @@
+"""From settings to the model that the Trainer gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clients._errors import TrainingError
+from clients.data import Row
+from clients.training.baselines import build_baseline
+from clients.training.prefixes import (
+    DirectPrefix,
+    ReparametrisedPrefix,
+    TrainedPrefix,
+    random_keys_values,
+    text_keys_values,
+)
+from clients.training.settings import PREFIX_METHODS, RANDOM, TASK, TEXT, TrainSettings
+from clients.training.task_model import PrefixModel, TaskModel
+from prefix_store.model_loading import LoadedModel
+from prefix_store.prefix import SOURCE, Prefix
+from prefix_store.validate import check_fits
+
+
+def build(
+    settings: TrainSettings, loaded: LoadedModel, rows: Sequence[Row], start: Prefix | None
+) -> TaskModel:
+    """The base model with what `settings.method` trains, which starts as `settings.init` says.
+
+    Args:
+        rows: training rows; their text is the default start.
+        start: the prefix to start from, with `init` `task:NAME`.
+
+    Raises:
+        TrainingError: the start cannot be used.
+        IncompatiblePrefixError: `start` is of another base model.
+    """
+    torch.manual_seed(settings.seed)
+    ids = initial_ids(settings, loaded, rows)
+    if settings.method not in PREFIX_METHODS:
+        return build_baseline(settings, loaded, ids)
+    prefix = _prefix(settings, loaded, ids, start)
+    prefix.to(loaded.model.device)
+    return PrefixModel(loaded.model, prefix)
+
+
+def _prefix(
+    settings: TrainSettings, loaded: LoadedModel, ids: Sequence[int], start: Prefix | None
+) -> TrainedPrefix:
+    initial = _initial(settings, loaded, ids, start)
+    if settings.method == "direct":
+        if initial is None:
+            initial = random_keys_values(loaded.spec, settings.prefix_length)
+        return DirectPrefix(initial, freeze_first=settings.freeze_first)
+    if ids:
+        embed = loaded.model.get_input_embeddings()
+        embeddings = embed(torch.tensor(ids, device=loaded.model.device)).detach()
+    else:
+        embeddings = torch.randn(settings.prefix_length, loaded.spec.embedding_size)
+    return ReparametrisedPrefix(initial, embeddings, loaded.spec)
+
+
+def _initial(
+    settings: TrainSettings, loaded: LoadedModel, ids: Sequence[int], start: Prefix | None
+) -> Tensor | None:
+    if ids:
+        return text_keys_values(loaded.model, ids)
+    if not settings.init.startswith(TASK):
+        return None
+    if start is None:
+        raise TrainingError(f"init is {settings.init!r}, but no prefix to start from was given")
+    check_fits(start, loaded.spec, loaded.spec.max_positions)
+    if start.prefix_length != settings.prefix_length:
+        raise TrainingError(
+            f"{settings.init.removeprefix(TASK)!r} has prefix length {start.prefix_length}; "
+            f"expected {settings.prefix_length}, the one to train"
+        )
+    return torch.stack([start.keys, start.values]).float().to(loaded.model.device)
+
+
+def initial_ids(
+    settings: TrainSettings, loaded: LoadedModel, rows: Sequence[Row]
+) -> tuple[int, ...]:
+    """`prefix_length` token ids of the text to start from; none where no text is.
+
+    Raises:
+        TrainingError: the text has no tokens.
+    """
+    if settings.init == RANDOM or settings.init.startswith(TASK):
+        return ()
+    text = settings.init.removeprefix(TEXT) if settings.init else _rows_as_text(settings, rows)
+    ids = loaded.tokenizer.encode(text)
+    if not ids:
+        raise TrainingError(f"the text to start from, {text!r}, has no tokens")
+    repeats = -(-settings.prefix_length // len(ids))
+    return tuple((ids * repeats)[: settings.prefix_length])
+
+
+def _rows_as_text(settings: TrainSettings, rows: Sequence[Row]) -> str:
+    # A row has more characters than tokens, so this is enough text.
+    wanted, text = settings.prefix_length, ""
+    for row in rows:
+        text += (settings.template or SOURCE).replace(SOURCE, row.source)
+        text += row.references[0] + "\n\n"
+        if len(text) > wanted * _CHARS_PER_TOKEN:
+            break
+    return text
+
+
+_CHARS_PER_TOKEN = 20  # more than any tokenizer's average

@@ -1,0 +1,100 @@
+"""What is trained of a prefix, and where it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefix_store.base_model import BaseModelSpec
+
+_RANDOM_STD = 0.02  # transformers' initializer_range
+_BOTTLENECK = 512  # of the paper's table-to-text runs
+KEYS_AND_VALUES = 2
+
+
+class TrainedPrefix(nn.Module):
+    """Gives keys and values, float32 `[2, num_layers, num_kv_heads, prefix_length, head_dim]`."""
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions that it takes."""
+        raise NotImplementedError
+
+
+class DirectPrefix(TrainedPrefix):
+    """Keys and values as parameters (Eyuboglu et al. 2025, Cartridges)."""
+
+    def __init__(self, initial: Tensor, *, freeze_first: bool = False) -> None:
+        """
+        Args:
+            initial: keys and values to start from.
+            freeze_first: keep the first position as it is.
+        """
+        super().__init__()
+        self.first: Tensor
+        frozen = int(freeze_first)
+        self.register_buffer("first", initial[..., :frozen, :].clone())
+        self.rest = nn.Parameter(initial[..., frozen:, :].clone())
+
+    @property
+    def prefix_length(self) -> int:
+        return self.first.shape[-2] + self.rest.shape[-2]
+
+    def forward(self) -> Tensor:
+        return torch.cat([self.first, self.rest], dim=-2)
+
+
+class ReparametrisedPrefix(TrainedPrefix):
+    """`P = MLP(P')` (Li & Liang 2021, section 4.3), added to where it starts.
+
+    The MLP's last layer is zero at first, so that training starts exactly at `initial`; the paper
+    instead fits the MLP to it beforehand.
+    """
+
+    def __init__(self, initial: Tensor | None, embeddings: Tensor, spec: BaseModelSpec) -> None:
+        """
+        Args:
+            initial: keys and values to start from; None for those of an MLP as it is made.
+            embeddings: what `P'` starts as, `[prefix_length, any size]`.
+        """
+        super().__init__()
+        length, size = embeddings.shape
+        shape = (length, KEYS_AND_VALUES, spec.num_layers, spec.num_kv_heads, spec.head_dim)
+        self._shape = shape
+        self.embeddings = nn.Parameter(embeddings.float().clone())
+        self.inner = nn.Linear(size, _BOTTLENECK)
+        self.outer = nn.Linear(_BOTTLENECK, torch.Size(shape[1:]).numel())
+        if initial is None:
+            initial = torch.zeros(*shape[1:4], length, spec.head_dim)
+        else:
+            nn.init.zeros_(self.outer.weight)
+            nn.init.zeros_(self.outer.bias)
+        self.initial: Tensor
+        self.register_buffer("initial", initial.clone())
+
+    @property
+    def prefix_length(self) -> int:
+        return self._shape[0]
+
+    def forward(self) -> Tensor:
+        matrix: Tensor = self.outer(torch.tanh(self.inner(self.embeddings)))
+        return self.initial + matrix.view(self._shape).permute(1, 2, 3, 0, 4)
+
+
+@torch.no_grad()
+def text_keys_values(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
+    """Keys and values of a text, float32 `[2, num_layers, num_kv_heads, length, head_dim]`."""
+    ids = torch.tensor([list(token_ids)], device=model.device)
+    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    keys = torch.cat([layer.keys for layer in layers])
+    values = torch.cat([layer.values for layer in layers])
+    return torch.stack([keys, values]).float()
+
+
+def random_keys_values(spec: BaseModelSpec, length: int) -> Tensor:
+    """Small random numbers, float32 `[2, num_layers, num_kv_heads, length, head_dim]`."""
+    shape = (KEYS_AND_VALUES, spec.num_layers, spec.num_kv_heads, length, spec.head_dim)
+    return torch.randn(shape) * _RANDOM_STD
