@@ -15,6 +15,7 @@ from clients.training.prefixes import (
     ReparametrisedPrefix,
     TrainedPrefix,
     random_keys_values,
+    spread,
     text_keys_values,
 )
 from clients.training.settings import PREFIX_METHODS, RANDOM, TASK, TEXT, TrainSettings
@@ -22,6 +23,9 @@ from clients.training.task_model import PrefixModel, TaskModel
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import SOURCE, Prefix
 from prefix_store.validate import check_fits
+
+_CHARS_PER_TOKEN = 20  # more than any tokenizer's average
+_SPREAD_TOKENS = 16
 
 
 def build(
@@ -41,19 +45,25 @@ def build(
     ids = initial_ids(settings, loaded, rows)
     if settings.method not in PREFIX_METHODS:
         return build_baseline(settings, loaded, ids)
-    prefix = _prefix(settings, loaded, ids, start)
+    prefix = _prefix(settings, loaded, rows, ids, start)
     prefix.to(loaded.model.device)
     return PrefixModel(loaded.model, prefix)
 
 
 def _prefix(
-    settings: TrainSettings, loaded: LoadedModel, ids: Sequence[int], start: Prefix | None
+    settings: TrainSettings,
+    loaded: LoadedModel,
+    rows: Sequence[Row],
+    ids: Sequence[int],
+    start: Prefix | None,
 ) -> TrainedPrefix:
     initial = _initial(settings, loaded, ids, start)
     if settings.method == "direct":
         if initial is None:
             initial = random_keys_values(loaded.spec, settings.prefix_length)
-        return DirectPrefix(initial, freeze_first=settings.freeze_first)
+        text = _encode(loaded, _rows_as_text(settings, rows), _SPREAD_TOKENS)
+        unit = spread(text_keys_values(loaded.model, text))
+        return DirectPrefix(initial, unit, freeze_first=settings.freeze_first)
     if ids:
         embed = loaded.model.get_input_embeddings()
         embeddings = embed(torch.tensor(ids, device=loaded.model.device)).detach()
@@ -91,22 +101,23 @@ def initial_ids(
     if settings.init == RANDOM or settings.init.startswith(TASK):
         return ()
     text = settings.init.removeprefix(TEXT) if settings.init else _rows_as_text(settings, rows)
+    return _encode(loaded, text, settings.prefix_length)
+
+
+def _encode(loaded: LoadedModel, text: str, length: int) -> tuple[int, ...]:
+    """So many token ids, of the text or of its repetitions."""
     ids = loaded.tokenizer.encode(text)
     if not ids:
         raise TrainingError(f"the text to start from, {text!r}, has no tokens")
-    repeats = -(-settings.prefix_length // len(ids))
-    return tuple((ids * repeats)[: settings.prefix_length])
+    repeats = -(-length // len(ids))
+    return tuple((ids * repeats)[:length])
 
 
 def _rows_as_text(settings: TrainSettings, rows: Sequence[Row]) -> str:
-    # A row has more characters than tokens, so this is enough text.
-    wanted, text = settings.prefix_length, ""
+    wanted, text = max(settings.prefix_length, _SPREAD_TOKENS), ""
     for row in rows:
         text += (settings.template or SOURCE).replace(SOURCE, row.source)
         text += row.references[0] + "\n\n"
         if len(text) > wanted * _CHARS_PER_TOKEN:
             break
     return text
-
-
-_CHARS_PER_TOKEN = 20  # more than any tokenizer's average

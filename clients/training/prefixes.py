@@ -25,26 +25,33 @@ class TrainedPrefix(nn.Module):
 
 
 class DirectPrefix(TrainedPrefix):
-    """Keys and values as parameters (Eyuboglu et al. 2025, Cartridges)."""
+    """Keys and values as parameters (Eyuboglu et al. 2025, Cartridges).
 
-    def __init__(self, initial: Tensor, *, freeze_first: bool = False) -> None:
+    They are counted in units of the spread that keys and values have in each layer and head, which
+    differs by orders of magnitude: Adam moves every parameter by the same amount.
+    """
+
+    def __init__(self, initial: Tensor, unit: Tensor, *, freeze_first: bool = False) -> None:
         """
         Args:
             initial: keys and values to start from.
+            unit: the spread, `[2, num_layers, num_kv_heads, 1, 1]`.
             freeze_first: keep the first position as it is.
         """
         super().__init__()
-        self.first: Tensor
-        frozen = int(freeze_first)
-        self.register_buffer("first", initial[..., :frozen, :].clone())
-        self.rest = nn.Parameter(initial[..., frozen:, :].clone())
+        self.initial: Tensor
+        self.unit: Tensor
+        self.register_buffer("initial", initial.clone())
+        self.register_buffer("unit", unit.clone())
+        self.moved = nn.Parameter(torch.zeros_like(initial[..., int(freeze_first) :, :]))
 
     @property
     def prefix_length(self) -> int:
-        return self.first.shape[-2] + self.rest.shape[-2]
+        return self.initial.shape[-2]
 
     def forward(self) -> Tensor:
-        return torch.cat([self.first, self.rest], dim=-2)
+        frozen = self.prefix_length - self.moved.shape[-2]
+        return self.initial + nn.functional.pad(self.unit * self.moved, (0, 0, frozen, 0))
 
 
 class ReparametrisedPrefix(TrainedPrefix):
@@ -92,6 +99,11 @@ def text_keys_values(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor
     keys = torch.cat([layer.keys for layer in layers])
     values = torch.cat([layer.values for layer in layers])
     return torch.stack([keys, values]).float()
+
+
+def spread(keys_values: Tensor) -> Tensor:
+    """Standard deviation in each layer and head, `[2, num_layers, num_kv_heads, 1, 1]`."""
+    return keys_values.flatten(3).std(-1)[..., None, None]
 
 
 def random_keys_values(spec: BaseModelSpec, length: int) -> Tensor:

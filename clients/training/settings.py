@@ -21,7 +21,7 @@ TASK = "task:"
 
 _LEARNING_RATES: dict[Method, float] = {
     "prefix": 1e-3,
-    "direct": 5e-3,
+    "direct": 2e-2,
     "finetune": 5e-5,
     "adapter": 1e-3,
     "lora": 1e-3,

@@ -16,6 +16,7 @@ from clients.training.prefixes import (
     ReparametrisedPrefix,
     TrainedPrefix,
     random_keys_values,
+    spread,
     text_keys_values,
 )
 from clients.training.target_losses import linear_head, target_losses
@@ -33,7 +34,7 @@ def started(loaded: LoadedModel, method: str) -> TrainedPrefix:
     """A prefix that starts as a text."""
     initial = text_keys_values(loaded.model, TEXT)
     if method == "direct":
-        return DirectPrefix(initial)
+        return DirectPrefix(initial, spread(initial))
     embeddings = torch.randn(len(TEXT), loaded.spec.embedding_size)
     return ReparametrisedPrefix(initial, embeddings, loaded.spec)
 
@@ -131,8 +132,8 @@ def test_random_reparametrised_prefix_is_not_zero(tiny_llama: LoadedModel) -> No
 
 def test_first_vector_stays_where_it_is_frozen(tiny_llama: LoadedModel) -> None:
     initial = random_keys_values(tiny_llama.spec, 4)
-    model = PrefixModel(tiny_llama.model, DirectPrefix(initial, freeze_first=True))
-    optimizer = torch.optim.SGD(model.prefix.parameters(), lr=10.0)
+    model = PrefixModel(tiny_llama.model, DirectPrefix(initial, spread(initial), freeze_first=True))
+    optimizer = torch.optim.SGD(model.prefix.parameters(), lr=100.0)
     model(**collate(BATCH))["loss"].backward()
     optimizer.step()
     assert torch.equal(model.prefix()[..., 0, :], initial[..., 0, :])
@@ -141,13 +142,16 @@ def test_first_vector_stays_where_it_is_frozen(tiny_llama: LoadedModel) -> None:
 
 
 def test_state_is_what_is_trained_and_fits_nothing_else(tiny_llama: LoadedModel) -> None:
-    model = PrefixModel(tiny_llama.model, DirectPrefix(random_keys_values(tiny_llama.spec, 4)))
+    initial = random_keys_values(tiny_llama.spec, 5)
+    model, longer = (
+        PrefixModel(tiny_llama.model, DirectPrefix(start, spread(start)))
+        for start in (initial[..., :4, :], initial)
+    )
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert set(state) == {"prefix.rest"}
+    assert set(state) == {"prefix.moved"}
     with torch.no_grad():
-        model.prefix.rest.zero_()
+        model.prefix.moved.add_(1)
     model.load_state_dict(state)
-    assert torch.equal(model.prefix.rest, state["prefix.rest"])
-    longer = PrefixModel(tiny_llama.model, DirectPrefix(random_keys_values(tiny_llama.spec, 5)))
+    assert torch.equal(model.prefix.moved, state["prefix.moved"])
     with pytest.raises(TrainingError, match="another size"):
         longer.load_state_dict(state)
