@@ -56,7 +56,7 @@ def print_tasks(tasks: Sequence[Task]) -> None:
             decimal(task.bytes),
             task.version[:_SHORT_VERSION],
         )
-    _print_table(table)
+    print_table(table)
 
 
 def print_versions(versions: Sequence[Version]) -> None:
@@ -79,7 +79,7 @@ def print_versions(versions: Sequence[Version]) -> None:
             decimal(version.bytes),
             version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
         )
-    _print_table(table)
+    print_table(table)
 
 
 def print_fields(fields: Mapping[str, str]) -> None:
@@ -89,7 +89,7 @@ def print_fields(fields: Mapping[str, str]) -> None:
     table.add_column(overflow="fold")
     for name, value in fields.items():
         table.add_row(name, Text(value))
-    _print_table(table)
+    print_table(table)
 
 
 def print_stream(tokens: Iterable[StreamToken], as_json: bool) -> None:
@@ -123,7 +123,7 @@ def print_checkup(checkup: Checkup) -> None:
             Text(finding.problem, style="red"),
             Text(finding.remedy),
         )
-    _print_table(table)
+    print_table(table)
 
 
 @contextmanager
@@ -145,8 +145,9 @@ def progress_bar(label: str, *, of_bytes: bool) -> Iterator[OnSent]:
         yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
-def _print_table(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """A table, whole when a program reads it."""
     console = Console()
     if not console.is_terminal:
-        console.width = _PIPED_WIDTH  # a program that reads it wants it whole
+        console.width = _PIPED_WIDTH
     console.print(table)

@@ -2,10 +2,13 @@
 
 PrefixServeError
 ├── InvalidArgumentError      an argument that cannot be used, e.g. an address without http://
+├── MissingExtraError         a package that this part needs is not installed
 ├── PrefixFileError           a prefix cannot be read, or written, or is none this client can send
 ├── TrainingError             rows, settings and model that cannot be trained together
 │   ├── TrainingDivergedError    the loss became NaN or infinite
 │   └── TrainingInterruptedError it was stopped and can be resumed
+├── EvaluationError           there is nothing to score, or the report cannot be written
+├── DataError                 a data file cannot be used (`clients.data`)
 ├── APIConnectionError        no answer, or it broke off
 │   └── APITimeoutError       the server took longer than the client's timeout
 ├── APIResponseError          an answer that is not prefixserve's: is the address right?
@@ -32,6 +35,23 @@ class InvalidArgumentError(PrefixServeError):
     """An argument that cannot be used, e.g. an address without `http://` or half a character."""
 
 
+class MissingExtraError(PrefixServeError, ImportError):
+    """A package is not installed that only a part of this project needs.
+
+    Args:
+        part: what needs it, e.g. `evaluation`.
+        module: the module that was not found, as the interpreter names it.
+        extra: the optional dependencies of prefixserve's that bring it.
+    """
+
+    def __init__(self, part: str, module: str | None, extra: str) -> None:
+        package = (module or "").partition(".")[0]
+        super().__init__(
+            f"{part} needs the package {package}, which is not installed: "
+            f"pip install 'prefixserve[{extra}]'"
+        )
+
+
 class PrefixFileError(PrefixServeError):
     """A prefix file cannot be read or written, or is none that this client can send."""
 
@@ -46,6 +66,10 @@ class TrainingDivergedError(TrainingError):
 
 class TrainingInterruptedError(TrainingError):
     """Training was stopped; it can be resumed."""
+
+
+class EvaluationError(PrefixServeError):
+    """There is nothing to score, or the report cannot be written."""
 
 
 class APIConnectionError(PrefixServeError):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 from typer import Option
 
-Url = Annotated[str, Option("--url", envvar="PREFIXSERVE_URL", help="Address of the server.")]
+from clients._calls import Parameters
+
+Url = Annotated[
+    str, Option("--url", "--base-url", envvar="PREFIXSERVE_URL", help="Address of the server.")
+]
 Json = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
 
 Base = Annotated[bool, Option("--base", help="Use the bare base model: give TEXT alone.")]
@@ -25,3 +29,8 @@ FrequencyPenalty = Annotated[float | None, Option(help="Over 0 avoids tokens gen
 Seed = Annotated[int | None, Option(help="Makes drawn tokens repeatable.")]
 Stop = Annotated[list[str] | None, Option(help="End at this text; may be given several times.")]
 IgnoreEos = Annotated[bool | None, Option("--ignore-eos", help="Go on past the text's end.")]
+
+
+def parameters(**given: Any) -> Parameters:
+    """Those that were given; the server's defaults hold for those that are None."""
+    return cast(Parameters, {name: value for name, value in given.items() if value is not None})

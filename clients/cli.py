@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from clients import _options as options
-from clients._calls import DEFAULT_URL, Parameters
+from clients._calls import DEFAULT_URL
 from clients._client import Client
 from clients._console import (
     print_error,
@@ -22,6 +22,7 @@ from clients._console import (
     progress_bar,
 )
 from clients._errors import PrefixServeError
+from clients._evaluate import evaluate
 from clients._status import read_status
 from clients._store import doctor, export, import_
 from clients._tasks import app as tasks_app
@@ -56,6 +57,7 @@ app.command()(export)
 app.command("import")(import_)
 app.command()(doctor)
 app.command("train")(train_command)
+app.command("eval")(evaluate)
 
 
 def main() -> None:
@@ -165,21 +167,20 @@ def generate(  # noqa: PLR0917 - the command line gives them by name
 ) -> None:
     """Generate text: `generate TASK TEXT` for a task, `generate --base TEXT` without one."""
     task_id, inputs = _task_and_text(task, text, base)
-    given = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": do_sample,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "typical_p": typical_p,
-        "repetition_penalty": repetition_penalty,
-        "frequency_penalty": frequency_penalty,
-        "seed": seed,
-        "stop": stop or None,
-        "ignore_eos": ignore_eos,
-    }
-    parameters = cast(Parameters, {k: v for k, v in given.items() if v is not None})
+    parameters = options.parameters(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop=stop or None,
+        ignore_eos=ignore_eos,
+    )
     with Client(url) as client:
         if stream:
             print_stream(client.stream(inputs, task_id=task_id, **parameters), as_json)

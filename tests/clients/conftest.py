@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
 
 from clients import Client
+from clients.cli import app
 from prefix_store.prefix import Prefix
 from tests.clients.blocking import blocking_client
+from tests.clients.command_line import Run
 from tests.server_process import ServerProcess, running_server
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
@@ -68,3 +71,20 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensor = torch.randn(3, LAYERS * 2 * HEADS * HEAD_DIM)
     save_file({"prompt_embeddings": tensor}, folder / "adapter_model.safetensors")
     return folder
+
+
+@pytest.fixture
+def run(real_server: ServerProcess) -> Run:
+    """Run a command on the real server."""
+
+    def run(*arguments: str | Path, stdin: str | bytes | None = None, **environment: str) -> Result:
+        result = CliRunner().invoke(
+            app,
+            [str(argument) for argument in arguments],
+            input=stdin,
+            env={"PREFIXSERVE_URL": real_server.url, **environment},
+        )
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        return result
+
+    return run

@@ -7,40 +7,21 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from clients import Client
 from clients.cli import app
 from prefix_store.prefix import Prefix, version_of
 from tests.clients import faulty_server as faulty
+from tests.clients.command_line import Run, misused, printed, refused
 from tests.server_process import ServerProcess
 
 INPUT = "The capital of France is"
 COLOUR = "\x1b["
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(real_server: ServerProcess) -> Run:
-    """Run a command on the real server."""
-
-    def run(*arguments: str | Path, stdin: str | bytes | None = None, **environment: str) -> Result:
-        result = CliRunner().invoke(
-            app,
-            [str(argument) for argument in arguments],
-            input=stdin,
-            env={"PREFIXSERVE_URL": real_server.url, **environment},
-        )
-        assert result.exception is None or isinstance(result.exception, SystemExit)
-        return result
-
-    return run
 
 
 @pytest.fixture
@@ -51,22 +32,6 @@ def task(real_server: ServerProcess, prefix: Prefix) -> Iterator[str]:
         yield "cli-task"
         if "cli-task" in [task.task_id for task in client.tasks()]:
             client.delete("cli-task")
-
-
-def printed(result: Result) -> Any:
-    """The JSON a command that succeeded has printed."""
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def refused(result: Result, message: str) -> None:
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch(rf"Error: [^\n]*{message}[^\n]*\n", result.stderr), result.stderr
-
-
-def misused(result: Result, message: str) -> None:
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert message in result.stderr
 
 
 def test_upload_list_and_remove(run: Run, tmp_path: Path, prefix: Prefix) -> None:
