@@ -170,6 +170,10 @@ def _check_layout(entries: Mapping[str, _Entry], size: int) -> None:
         )
 
 
+# Nothing writes to a prefix's tensors, so they may be views of memory that is read-only.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
 def _tensor(data: Buffer, start: int, entry: _Entry) -> torch.Tensor:
     if entry.begin == entry.end:  # which torch.frombuffer refuses
         return torch.empty(entry.shape, dtype=entry.dtype)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clients._errors import TrainingError
+from clients._errors import MissingExtraError, TrainingError
 from clients.training.bottleneck import add_bottlenecks
 from clients.training.settings import TrainSettings
 from clients.training.task_model import TaskModel
@@ -28,7 +28,8 @@ def build_baseline(settings: TrainSettings, loaded: LoadedModel, ids: Sequence[i
         ids: tokens whose embeddings a soft prompt starts as; none for random ones.
 
     Raises:
-        TrainingError: PEFT is needed and not installed, or the model is not made for the method.
+        MissingExtraError: PEFT is needed and not installed.
+        TrainingError: the model is not made for the method.
     """
     model = loaded.model
     if settings.method == "finetune":
@@ -85,7 +86,7 @@ class PeftBaseline(TaskModel):
         try:
             import peft  # noqa: PLC0415 - an extra
         except ImportError as error:
-            raise TrainingError("PEFT is not installed: pip install peft") from error
+            raise MissingExtraError(f"the method {kind}", error.name, "train") from error
         try:
             made = getattr(peft, kind)(task_type="CAUSAL_LM", **config)
             self.peft = peft.get_peft_model(base, made)

@@ -21,7 +21,7 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from clients._errors import TrainingError
+from clients._errors import MissingExtraError
 from clients.training.trainer import DEV_LOSS
 
 
@@ -116,12 +116,10 @@ def tensorboard_callback(folder: Path) -> TrainerCallback:
     """Writes losses and learning rates for TensorBoard.
 
     Raises:
-        TrainingError: tensorboard is not installed.
+        MissingExtraError: tensorboard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise TrainingError(
-            "TensorBoard is not installed: pip install tensorboard, or leave --tensorboard out"
-        ) from error
+        raise MissingExtraError("TensorBoard logging", error.name, "train") from error
     return TensorBoardCallback(SummaryWriter(folder))  # type: ignore[no-untyped-call]
