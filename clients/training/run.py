@@ -100,7 +100,7 @@ def train(
     )
     started = time.monotonic()
     try:
-        with stop.listening(), _fast_attention(loaded, examples):
+        with stop.listening(), fast_attention(loaded, examples):
             trainer.train(resume_from_checkpoint=_last_checkpoint(output) if resume else None)
     finally:
         progress.close()
@@ -154,7 +154,7 @@ def _dev_examples(
 
 
 @contextmanager
-def _fast_attention(loaded: LoadedModel, examples: Examples) -> Iterator[None]:
+def fast_attention(loaded: LoadedModel, examples: Examples) -> Iterator[None]:
     """On a CPU and for short rows, plain products: torch's fused attention is slow backwards."""
     model, longest = loaded.model, max(map(len, examples.examples))
     before = model.config._attn_implementation

@@ -1,0 +1,148 @@
+"""Training speed and memory beside PEFT's PrefixTuning with `prefix_projection`.
+
+    python -m benchmarks.training [--rounds N] [--json]
+
+Both train the same rows in the same order with transformers' Trainer and the same settings, turn
+about, each time in a process of its own. A round's figure is the median seconds of a step, the
+first ones left out; memory is the process's peak.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from benchmarks.common import DATA, PREFIX_LENGTH, ROOT, arguments, load_model, report
+from clients.data import read_rows
+from clients.training import TrainSettings
+from clients.training.build import build
+from clients.training.examples import Examples, collate, encode_rows
+from clients.training.run import fast_attention
+from clients.training.trainer import TaskTrainer
+
+TRAINERS = ("prefixserve", "peft")
+STEPS, WARM_UP = 12, 3
+
+
+class Clock(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop."""
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+def work(trainer_name: str, steps: int) -> dict[str, float]:
+    """Train in this process; seconds of a step and peak bytes."""
+    loaded, clock = load_model(), Clock()
+    settings = TrainSettings(prefix_length=PREFIX_LENGTH, max_steps=steps, init="random")
+    rows = read_rows(DATA / "e2e" / "train.jsonl")
+    examples = encode_rows(rows, loaded.tokenizer, settings.template, loaded.spec.max_positions)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = TaskTrainer(
+            build(settings, loaded, rows, None),
+            settings,
+            examples,
+            None,
+            output=Path(folder),
+            callbacks=[clock],
+        )
+        if trainer_name == "peft":
+            _like(ours, _peft_model(loaded.model), examples, clock).train()
+        else:
+            with fast_attention(loaded, examples):
+                ours.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"step_seconds": statistics.median(clock.seconds[WARM_UP:]), "peak_bytes": peak}
+
+
+def _peft_model(base: Any) -> Any:
+    import peft  # noqa: PLC0415 - only where it is the one measured
+
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=PREFIX_LENGTH,
+        prefix_projection=True,
+        encoder_hidden_size=512,
+    )
+    return peft.get_peft_model(base, config)
+
+
+def _like(ours: TaskTrainer, model: Any, examples: Examples, clock: Clock) -> Trainer:
+    """A plain Trainer with the same arguments, rows and order."""
+
+    class SameOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return ours._get_train_sampler()
+
+    def with_mask(rows: Any) -> dict[str, Any]:
+        batch = collate(rows)
+        return {**batch, "attention_mask": batch["input_ids"].ne(0).long()}
+
+    return SameOrder(
+        model=model,
+        args=ours.args,
+        data_collator=with_mask,
+        train_dataset=examples,
+        callbacks=[clock],
+    )
+
+
+def _measured(trainer_name: str, steps: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.training", "--worker", trainer_name]
+    done = subprocess.run(
+        [*command, "--steps", str(steps)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Run and report."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--worker", choices=TRAINERS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(work(options.worker, options.steps)))
+        return
+    rounds, steps = (1, WARM_UP + 1) if options.smoke else (options.rounds, options.steps)
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in TRAINERS}
+    for _ in range(rounds):
+        for name in TRAINERS:
+            taken[name].append(_measured(name, steps))
+            if not options.json:
+                print(name, taken[name][-1], file=sys.stderr)
+    results = {
+        name: {
+            "step_seconds": statistics.median(found["step_seconds"] for found in rounds_of),
+            "peak_bytes": max(found["peak_bytes"] for found in rounds_of),
+        }
+        for name, rounds_of in taken.items()
+    }
+    ours, theirs = (results[name] for name in TRAINERS)
+    ratios = {
+        "training_speed_vs_peft": theirs["step_seconds"] / ours["step_seconds"],
+        "training_memory_vs_peft": ours["peak_bytes"] / theirs["peak_bytes"],
+    }
+    report("training", results, ratios)
+
+
+if __name__ == "__main__":
+    main()
