@@ -188,10 +188,12 @@ async def test_a_computation_ends_with_the_engine(tiny_llama: LoadedModel) -> No
 async def test_an_engine_that_breaks_fails_whoever_waits(
     tiny_llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running(tiny_llama) as engine:
+    # In so many chunks that the computation cannot end before the step that breaks.
+    config = EngineConfig(max_slots=2, max_length=90, prefill_tokens=1)
+    async with running(tiny_llama, config) as engine:
         monkeypatch.setattr(engine._core, "step", lambda: 1 // 0)
         stream = engine.submit(request("a"))
-        computing = asyncio.create_task(engine.compute_prefix((9,) * 60))
+        computing = asyncio.create_task(engine.compute_prefix((9,) * 80))
         with pytest.raises(EngineFailedError, match="restart"):
             await tokens(stream)
         with pytest.raises(EngineFailedError):
