@@ -16,18 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback
 
 from benchmarks.common import DATA, PREFIX_LENGTH, ROOT, arguments, load_model, report
 from clients.data import read_rows
 from clients.training import TrainSettings
 from clients.training.build import build
-from clients.training.examples import Examples, collate, encode_rows
+from clients.training.examples import Example, LikeLengthSampler, collate, encode_rows
 from clients.training.run import fast_attention
-from clients.training.trainer import TaskTrainer
+from clients.training.trainer import TaskTrainer, training_arguments
 
 TRAINERS = ("prefixserve", "peft")
 STEPS, WARM_UP = 12, 3
@@ -48,6 +52,13 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._started)
 
 
+class PeftTrainer(Trainer):
+    """A plain Trainer, with the rows in the same order."""
+
+    def _get_train_sampler(self, *_: Any) -> LikeLengthSampler:
+        return LikeLengthSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
+
+
 def work(trainer_name: str, steps: int) -> dict[str, float]:
     """Train in this process; seconds of a step and peak bytes."""
     loaded, clock = load_model(), Clock()
@@ -55,19 +66,21 @@ def work(trainer_name: str, steps: int) -> dict[str, float]:
     rows = read_rows(DATA / "e2e" / "train.jsonl")
     examples = encode_rows(rows, loaded.tokenizer, settings.template, loaded.spec.max_positions)
     with tempfile.TemporaryDirectory() as folder:
-        ours = TaskTrainer(
-            build(settings, loaded, rows, None),
-            settings,
-            examples,
-            None,
-            output=Path(folder),
-            callbacks=[clock],
-        )
+        output = Path(folder)
         if trainer_name == "peft":
-            _like(ours, _peft_model(loaded.model), examples, clock).train()
+            device = loaded.model.device
+            PeftTrainer(
+                model=_peft_model(loaded.model),
+                args=training_arguments(settings, steps, output, device, has_dev=False),
+                data_collator=_with_mask,
+                train_dataset=examples,
+                callbacks=[clock],
+            ).train()
         else:
+            model = build(settings, loaded, rows, None)
+            trainer = TaskTrainer(model, settings, examples, None, output=output, callbacks=[clock])
             with fast_attention(loaded, examples):
-                ours.train()
+                trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"step_seconds": statistics.median(clock.seconds[WARM_UP:]), "peak_bytes": peak}
 
@@ -84,24 +97,9 @@ def _peft_model(base: Any) -> Any:
     return peft.get_peft_model(base, config)
 
 
-def _like(ours: TaskTrainer, model: Any, examples: Examples, clock: Clock) -> Trainer:
-    """A plain Trainer with the same arguments, rows and order."""
-
-    class SameOrder(Trainer):
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return ours._get_train_sampler()
-
-    def with_mask(rows: Any) -> dict[str, Any]:
-        batch = collate(rows)
-        return {**batch, "attention_mask": batch["input_ids"].ne(0).long()}
-
-    return SameOrder(
-        model=model,
-        args=ours.args,
-        data_collator=with_mask,
-        train_dataset=examples,
-        callbacks=[clock],
-    )
+def _with_mask(examples: Sequence[Example]) -> dict[str, Tensor]:
+    mask = [torch.ones(len(example), dtype=torch.int64) for example in examples]
+    return {**collate(examples), "attention_mask": pad_sequence(mask, batch_first=True)}
 
 
 def _measured(trainer_name: str, steps: int) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import Self
 from urllib.parse import quote
 
 from prefix_store.errors import StoreUnavailableError
-from prefix_store.valkey_process import valkey_process
+from prefix_store.valkey_process import try_lock, valkey_process
 
 _SOCKET_NAME = "valkey.sock"
 _MAX_SOCKET_CHARS = 100  # Linux takes 107, macOS 103
@@ -111,15 +110,11 @@ def _lock(data_dir: Path, opened: contextlib.ExitStack, seconds: float) -> bool:
     lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     opened.callback(os.close, lock)
     deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_POLL_SECONDS)
-        else:
-            return True
+    while not try_lock(lock):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
 
 
 def _plain_path(data_dir: Path, opened: contextlib.ExitStack) -> Path:

@@ -72,7 +72,7 @@ def _take_lock(folder: Path) -> int:
     """An open file with the lock; whoever holds it is killed."""
     lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + _STOP_SECONDS
-    while not _is_taken(lock):
+    while not try_lock(lock):
         if time.monotonic() > deadline:
             os.close(lock)
             raise StoreUnavailableError(
@@ -83,7 +83,8 @@ def _take_lock(folder: Path) -> int:
     return lock
 
 
-def _is_taken(lock: int) -> bool:
+def try_lock(lock: int) -> bool:
+    """Whether the open file is locked now, by us; until every copy of it is closed."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

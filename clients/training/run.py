@@ -80,6 +80,7 @@ def train(
             another run; before training starts.
         TrainingDivergedError: the loss is not finite.
         TrainingInterruptedError: it was stopped and can be resumed.
+        MissingExtraError: PEFT or TensorBoard is needed and not installed.
         IncompatiblePrefixError: `start` is of another base model.
     """
     console = console or Console(stderr=True)
@@ -89,12 +90,12 @@ def train(
     model = build(settings, loaded, rows, start)
     if settings.checkpointing:
         model.checkpoint_activations()
-    facts = run_facts(settings, loaded, rows)
-    open_run(output, facts, resume=resume)
     stop, progress = StopOnSignal(), ProgressCallback(console)
     callbacks: list[TrainerCallback] = [progress, stop]
     if tensorboard:
         callbacks.append(tensorboard_callback(output / "tensorboard"))
+    facts = run_facts(settings, loaded, rows)
+    open_run(output, facts, resume=resume)
     trainer = TaskTrainer(
         model, settings, examples, dev_examples, output=output, callbacks=callbacks
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
 import torch
@@ -79,9 +80,7 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.init not in {"", RANDOM} and not self.init.removeprefix(TASK).removeprefix(TEXT):
-            raise ValueError(f"init is {self.init!r}; expected a text or a task's name after it")
-        if not (self.init in {"", RANDOM} or self.init.startswith((TEXT, TASK))):
+        if not re.fullmatch(rf"|{RANDOM}|({TEXT}|{TASK}).+", self.init, re.DOTALL):
             raise ValueError(
                 f"init is {self.init!r}; expected {RANDOM}, {TEXT}SOME TEXT or {TASK}NAME"
             )

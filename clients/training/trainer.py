@@ -52,11 +52,16 @@ class TaskTrainer(Trainer):
             dev: rows to measure on now and then, for early stopping and the best checkpoint.
             output: folder of checkpoints.
         """
-        steps = num_steps(settings, len(train))
         patience = [EarlyStoppingCallback(settings.patience)] if dev and settings.patience else []
         super().__init__(
             model=model,
-            args=_arguments(settings, steps, output, dev is not None, model),
+            args=training_arguments(
+                settings,
+                num_steps(settings, len(train)),
+                output,
+                model.base.device,
+                dev is not None,
+            ),
             data_collator=collate,
             train_dataset=train,
             eval_dataset=dev,
@@ -96,15 +101,11 @@ def num_steps(settings: TrainSettings, num_examples: int) -> int:
     return max(1, round(settings.epochs * math.ceil(batches / settings.accumulate)))
 
 
-def _arguments(
-    settings: TrainSettings,
-    steps: int,
-    output: Path,
-    has_dev: bool,
-    model: TaskModel,
+def training_arguments(
+    settings: TrainSettings, steps: int, output: Path, device: torch.device, has_dev: bool
 ) -> TrainingArguments:
+    """The Trainer's own arguments for `settings`."""
     every = settings.eval_steps or max(1, steps // _EVALUATIONS)
-    device = model.base.device
     return TrainingArguments(
         output_dir=str(output),
         max_steps=steps,

@@ -17,6 +17,8 @@ from clients.data import Row
 from clients.training import Trained, TrainSettings, train
 from clients.training.bottleneck import Bottleneck, add_bottlenecks
 from prefix_store.model_loading import LoadedModel
+from prefix_store.upload import read_upload
+from prefix_store.validate import check_fits
 from tests.conftest import tiny_model
 
 Load = Callable[[], LoadedModel]
@@ -62,6 +64,9 @@ def test_prompt_tuning_writes_a_peft_adapter(
     start = loaded.model.get_input_embeddings()(
         torch.tensor(loaded.tokenizer.encode("colour : red")[:3])
     )
+    names = ("adapter_config.json", "adapter_model.safetensors")  # what a client sends of a folder
+    files = [(name, (trained.path / name).read_bytes()) for name in names]
+    check_fits(read_upload(files, loaded.spec), loaded.spec, 3)
     moved = (saved["prompt_embeddings"] - start).abs().max()
     assert 0 < moved < 0.1
     assert isinstance(loaded.model(IDS, use_cache=True).past_key_values, DynamicCache)

@@ -7,18 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from clients import Client
-from clients.cli import app
 from clients.data import Row
+from tests.clients.command_line import Run, printed
 from tests.server_process import ServerProcess
 
-Run = Callable[..., Result]
 FEW_STEPS = ("--max-steps", "4", "--batch-size", "4", "--prefix-length", "3")
 
 
@@ -31,26 +30,18 @@ def data(rows: Sequence[Row], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def train(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run `prefixserve train colours` in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> Result:
-        result = CliRunner().invoke(app, ["train", "colours", *map(str, arguments)])
-        assert result.exception is None or isinstance(result.exception, SystemExit)
-        return result
-
-    return run
+    return partial(run, "train", "colours")
 
 
 def test_trains_uploads_and_shows_an_answer(
-    real_server: ServerProcess, tiny_llama_dir: Path, data: Path, tmp_path: Path, run: Run
+    real_server: ServerProcess, tiny_llama_dir: Path, data: Path, tmp_path: Path, train: Run
 ) -> None:
     flags = (*FEW_STEPS, "--data", data, "--dev", data, "--base-model", tiny_llama_dir)
-    server = ("--upload", "--url", real_server.url)
-    done = run(*flags, *server, "--dtype", "float32", "--json")
-    assert done.exit_code == 0, done.stderr
-    facts = json.loads(done.stdout)
+    done = train(*flags, "--upload", "--dtype", "float32", "--json")
+    facts = printed(done)
     assert facts["path"] == "runs/colours/prefix.safetensors"
     assert facts["steps"] == 4
     assert facts["source"] == "colour : red"
@@ -63,22 +54,22 @@ def test_trains_uploads_and_shows_an_answer(
 
 
 def test_starts_at_a_task_of_the_server(
-    real_server: ServerProcess, tiny_llama_dir: Path, data: Path, tmp_path: Path, run: Run
+    real_server: ServerProcess, tiny_llama_dir: Path, data: Path, tmp_path: Path, train: Run
 ) -> None:
     with Client(real_server.url) as client:
         client.upload("start", text="one two three")
         length = client.task("start").prefix_length
         flags = ("--data", data, "--base-model", tiny_llama_dir, "--init", "task:start")
         numbers = ("--prefix-length", str(length), "--max-steps", "1")
-        done = run(*flags, *numbers, "--url", real_server.url)
+        done = train(*flags, *numbers)
         assert done.exit_code == 0, done.stderr
         client.delete("start")
 
 
 def test_another_base_than_the_servers_is_refused_before_training(
-    real_server: ServerProcess, data: Path, tmp_path: Path, run: Run
+    real_server: ServerProcess, data: Path, tmp_path: Path, train: Run
 ) -> None:
-    done = run("--data", data, "--upload", "--url", real_server.url)
+    done = train("--data", data, "--upload")
     assert done.exit_code == 1
     assert "this would train 'smollm2-135m', which has other weights" in done.stderr
     assert not (tmp_path / "runs").exists()
@@ -94,11 +85,11 @@ def test_another_base_than_the_servers_is_refused_before_training(
     ],
 )
 def test_bad_rows_are_named_before_training(
-    line: str, said: str, tiny_llama_dir: Path, tmp_path: Path, run: Run
+    line: str, said: str, tiny_llama_dir: Path, tmp_path: Path, train: Run
 ) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text('{"source": "a", "target": "b"}\n' + line)
-    done = run("--data", file, "--base-model", tiny_llama_dir)
+    done = train("--data", file, "--base-model", tiny_llama_dir)
     assert done.exit_code == 1
     assert said in done.stderr
     assert not (tmp_path / "runs").exists()
@@ -117,15 +108,15 @@ def test_bad_rows_are_named_before_training(
     ],
 )
 def test_what_cannot_be_trained_is_refused(
-    flags: tuple[str, ...], said: str, tiny_llama_dir: Path, data: Path, run: Run
+    flags: tuple[str, ...], said: str, tiny_llama_dir: Path, data: Path, train: Run
 ) -> None:
-    done = run("--data", data, "--base-model", tiny_llama_dir, *flags)
+    done = train("--data", data, "--base-model", tiny_llama_dir, *flags)
     assert done.exit_code in {1, 2}
     assert said in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_ctrl_c_leaves_what_resume_goes_on_with(
-    tiny_llama_dir: Path, data: Path, tmp_path: Path, run: Run
+    tiny_llama_dir: Path, data: Path, tmp_path: Path, train: Run
 ) -> None:
     flags = ("--data", data, "--dev", data, "--base-model", tiny_llama_dir, "--eval-steps", "1")
     steps = ("--max-steps", "60", "--patience", "0")
@@ -145,7 +136,6 @@ def test_ctrl_c_leaves_what_resume_goes_on_with(
             if line.startswith("step 2 of 60"):
                 process.send_signal(signal.SIGINT)
         assert process.wait(60) == 1
-    resumed = run(*flags, *steps, "--resume", "--json")
-    assert resumed.exit_code == 0, resumed.stderr
-    assert json.loads(resumed.stdout)["steps"] == 60
+    resumed = train(*flags, *steps, "--resume", "--json")
+    assert printed(resumed)["steps"] == 60
     assert "step 1 of 60" not in resumed.stderr

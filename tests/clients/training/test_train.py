@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ import pytest
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from clients import TrainingDivergedError, TrainingError, TrainingInterruptedError
+from clients import (
+    MissingExtraError,
+    TrainingDivergedError,
+    TrainingError,
+    TrainingInterruptedError,
+)
 from clients.data import Row
 from clients.training import TrainSettings, train
 from clients.training.build import initial_ids
@@ -168,6 +174,16 @@ def test_run_is_neither_overwritten_nor_resumed_as_another(
         train(TrainSettings(**QUICK, seed=2), load_tiny(), rows, folder, resume=True)
     with pytest.raises(TrainingError, match="with data_sha256"):
         train(TrainSettings(**QUICK), load_tiny(), rows[:-1], folder, resume=True)
+
+
+def test_a_missing_package_is_told_before_a_run_begins(
+    load_tiny: Load, rows: Sequence[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(MissingExtraError, match=r"needs the package tensorboard.*\[train\]"):
+        train(TrainSettings(**QUICK), load_tiny(), rows, tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_starts_at_another_tasks_prefix(
