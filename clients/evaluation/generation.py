@@ -34,7 +34,7 @@ class Output:
 
 async def generate_outputs(
     client: AsyncClient,
-    task_ids: Sequence[str],
+    task_ids: Sequence[str | None],
     sources: Sequence[str],
     parameters: Parameters,
     *,
@@ -47,6 +47,7 @@ async def generate_outputs(
     the draws of different rows are independent, and the same whatever the concurrency.
 
     Args:
+        task_ids: None for the bare base model.
         concurrency: requests under way at once.
         progress: called with the number of texts written, and of all.
 
@@ -82,7 +83,7 @@ async def generate_outputs(
 
 
 async def _generate(
-    client: AsyncClient, task_id: str, source: str, parameters: Parameters
+    client: AsyncClient, task_id: str | None, source: str, parameters: Parameters
 ) -> Output:
     try:
         answer = await client.generate(source, task_id=task_id, **parameters)
@@ -95,7 +96,7 @@ async def _generate(
     return Output(text.strip(), reason, answer.version)
 
 
-def _check_some(task_id: str, written: Sequence[Output]) -> None:
+def _check_some(task_id: str | None, written: Sequence[Output]) -> None:
     if written and all(output.refusal for output in written):
         raise EvaluationError(
             f"the server refused every row for task {task_id!r}; the first: {written[0].refusal}"

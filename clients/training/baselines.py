@@ -51,6 +51,9 @@ def save_baseline(
         A folder with a whole model for `finetune` and with a PEFT adapter for `lora` and
         `prompt-tuning`; a file for `adapter`.
     """
+    if isinstance(model, PromptModel):
+        # As servers name the model, who take soft prompts: PEFT would name the folder it is in.
+        model.peft.active_peft_config.base_model_name_or_path = loaded.spec.name
     if isinstance(model, PeftBaseline):
         model.peft.save_pretrained(folder / "peft")
         return folder / "peft"

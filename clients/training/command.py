@@ -64,6 +64,13 @@ def train_command(  # noqa: PLR0917 - the command line gives them by name
     template: Annotated[
         str, Option(help="Text around {source}; the target follows it.", show_default="{source}\\n")
     ] = _DEFAULTS.template,
+    references: Annotated[
+        int | None,
+        Option(
+            help="Train on so many references a row, those most like its others.",
+            show_default="all",
+        ),
+    ] = None,
     join: Annotated[
         bool, Option("--detokenise", help="Join what a tokenizer split, such as `it 's £ 20 .`")
     ] = False,

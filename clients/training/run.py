@@ -17,6 +17,7 @@ from clients.data import Row
 from clients.training.build import build
 from clients.training.callbacks import ProgressCallback, StopOnSignal, tensorboard_callback
 from clients.training.examples import Examples, encode_rows
+from clients.training.references import typical_rows
 from clients.training.run_folder import open_run, run_facts, save_result
 from clients.training.settings import TrainSettings
 from clients.training.task_model import TaskModel
@@ -80,12 +81,13 @@ def train(
             another run; before training starts.
         TrainingDivergedError: the loss is not finite.
         TrainingInterruptedError: it was stopped and can be resumed.
-        MissingExtraError: PEFT or TensorBoard is needed and not installed.
+        MissingExtraError: PEFT, sacrebleu or TensorBoard is needed and not installed.
         IncompatiblePrefixError: `start` is of another base model.
     """
     console = console or Console(stderr=True)
     longest = _longest(settings, loaded)
-    examples = encode_rows(rows, loaded.tokenizer, settings.template, longest)
+    chosen = rows if settings.references is None else typical_rows(rows, settings.references)
+    examples = encode_rows(chosen, loaded.tokenizer, settings.template, longest)
     dev_examples = _dev_examples(settings, loaded, dev, longest)
     model = build(settings, loaded, rows, start)
     if settings.checkpointing:

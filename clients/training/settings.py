@@ -44,6 +44,8 @@ class TrainSettings(BaseModel):
         freeze_first: keep the first vector of `direct` as it starts, for attention that rests
             there (Cartridges, section 3).
         template: text around the source; the target follows it.
+        references: of each row, train on so many of its references, those most like its others;
+            None for all.
         learning_rate: at the first step after `warmup`; None for the method's own.
         schedule, warmup: how the learning rate changes; the warm-up as a share of all steps.
         batch_size: rows in one forward pass.
@@ -65,6 +67,7 @@ class TrainSettings(BaseModel):
     init: str = ""
     freeze_first: bool = False
     template: str = "{source}\n"
+    references: int | None = Field(default=None, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(default=0.0, ge=0, lt=1)

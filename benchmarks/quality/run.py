@@ -1,0 +1,119 @@
+"""One run: train it, let a server write the rows, score them, and keep the result as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.common import load_model
+from benchmarks.quality.data import Split
+from benchmarks.quality.plan import Run
+from benchmarks.quality.texts import BASE, write_texts
+from clients.data import Row
+from clients.evaluation import Output, score_outputs
+from clients.training import Trained, train
+
+RESULT = "result.json"
+_METRICS = ("BLEU", "ROUGE-L")
+_NUM_EXAMPLES = 3
+
+
+def carry_out(run: Run, rows: Split, folder: Path, console: Console) -> None:
+    """Train, write and score, and keep `result.json` in `folder`.
+
+    A run that was interrupted goes on from its last checkpoint; its time is not kept then.
+    Checkpoints, and models that a baseline left, are removed in the end.
+
+    Raises:
+        TrainingInterruptedError: by Ctrl-C; it can be resumed.
+    """
+    resumed = (folder / "run.json").is_file()
+    dtype = torch.float32 if run.settings.method == "finetune" else None
+    trained = train(
+        run.settings,
+        load_model(dtype),
+        rows.train,
+        folder,
+        dev=rows.dev,
+        resume=resumed,
+        console=console,
+    )
+    facts = {
+        "method": run.settings.method,
+        "settings": run.settings.model_dump(mode="json"),
+        "num_pairs": sum(len(row.references) for row in rows.train),
+        "steps": trained.steps,
+        "dev_loss": trained.dev_loss,
+        "parameters": trained.parameters,
+        "seconds": None if resumed else round(trained.seconds, 1),
+    }
+    _score(run.name, run, trained, rows, folder, facts)
+    _remove_leftovers(folder, trained)
+
+
+def score_base_model(rows: Split, folder: Path) -> None:
+    """The untouched model with a hand-written instruction, scored like a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _score(BASE, None, None, rows, folder, {"method": BASE, "parameters": 0})
+
+
+def _score(  # noqa: PLR0917 - what a result is made of
+    name: str,
+    run: Run | None,
+    trained: Trained | None,
+    rows: Split,
+    folder: Path,
+    facts: dict[str, Any],
+) -> None:
+    everything = [row for part in rows.scored.values() for row in part]
+    started = time.monotonic()
+    outputs = write_texts(run, trained, rows.train, everything)
+    seconds = time.monotonic() - started
+    scores, start = {}, 0
+    for part, scored in rows.scored.items():
+        scores[part] = _scores(name, scored, outputs[start : start + len(scored)])
+        start += len(scored)
+    result = {
+        "name": name,
+        **facts,
+        "scores": scores,
+        "writing_seconds": round(seconds, 1),
+        "examples": [
+            {"source": row.source, "text": output.text, "reference": row.references[0]}
+            for row, output in list(zip(everything, outputs, strict=True))[:_NUM_EXAMPLES]
+        ],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        },
+    }
+    partial = folder / (RESULT + ".partial")
+    partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(folder / RESULT)
+
+
+def _scores(name: str, rows: Sequence[Row], outputs: Sequence[Output]) -> dict[str, Any]:
+    result = score_outputs(name, rows, outputs, metrics=_METRICS)
+    return {
+        score.name: {"value": score.value, "low": score.low, "high": score.high}
+        for score in result.scores
+    }
+
+
+def _remove_leftovers(folder: Path, trained: Trained) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    if trained.prefix is None and trained.path.is_dir():
+        shutil.rmtree(trained.path)
