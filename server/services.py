@@ -73,6 +73,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
             prefill_tokens=settings.prefill_tokens,
             max_waiting=settings.max_waiting,
             quantize=settings.quantize,
+            cuda_graphs=settings.cuda_graphs,
         )
         engine = NativeEngine(loaded, config, metrics.observe_step)
         stack.push_async_callback(engine.close)

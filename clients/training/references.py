@@ -26,7 +26,7 @@ def typical_rows(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
 
 def _typical(references: tuple[str, ...], count: int) -> tuple[str, ...]:
     try:
-        from sacrebleu.metrics import BLEU  # noqa: PLC0415 - an extra
+        from sacrebleu import BLEU  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise MissingExtraError("choosing references", error.name, "train") from error
     bleu = BLEU(effective_order=True)

@@ -32,7 +32,7 @@ from server.engine.protocol import (
     StepObserver,
     TokenEvent,
 )
-from server.engine.runner import Runner, TransformersRunner
+from server.engine.runner import Runner, transformers_runner
 from server.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,13 @@ class NativeEngine:
         max_length = min(config.max_length, loaded.spec.max_positions)
         self._config = replace(config, max_length=max_length)
         self._on_step = on_step
-        runner = choose_runner(loaded, config.max_slots, max_length, int8=config.quantize == "int8")
+        runner = choose_runner(
+            loaded,
+            config.max_slots,
+            max_length,
+            int8=config.quantize == "int8",
+            cuda_graphs=config.cuda_graphs,
+        )
         self._core = EngineCore(runner, self._config, eos_token_ids(loaded))
         self._stats = self._core.stats
         self._loop = asyncio.get_running_loop()
@@ -311,7 +317,12 @@ def _carry_out(work: Callable[[], None], done: Future[None]) -> None:
 
 
 def choose_runner(
-    loaded: LoadedModel, max_slots: int, max_length: int, *, int8: bool = False
+    loaded: LoadedModel,
+    max_slots: int,
+    max_length: int,
+    *,
+    int8: bool = False,
+    cuda_graphs: bool = True,
 ) -> Runner:
     """The fast runner where the model's structure and the machine allow, else the general one.
 
@@ -325,7 +336,7 @@ def choose_runner(
             f"Llama, on a CPU (it is on {loaded.model.device}), with the kernels compiled; start "
             "without --quantize"
         )
-    return packed or TransformersRunner(loaded, max_slots, max_length)
+    return packed or transformers_runner(loaded, max_slots, max_length, cuda_graphs=cuda_graphs)
 
 
 def eos_token_ids(loaded: LoadedModel) -> frozenset[int]:

@@ -134,6 +134,7 @@ class EngineConfig:
         prefill_tokens: most prompt tokens computed in one step.
         max_waiting: requests that may wait for a slot; more are refused.
         quantize: the weights' numbers; int8 is faster and a little less faithful, on a CPU.
+        cuda_graphs: on CUDA, capture decode steps at start; takes some seconds and memory.
     """
 
     max_slots: int = 64
@@ -141,6 +142,7 @@ class EngineConfig:
     prefill_tokens: int = 256
     max_waiting: int = 512
     quantize: Quantize = "none"
+    cuda_graphs: bool = True
 
 
 class EngineError(Exception):

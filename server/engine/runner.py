@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Rows
 from typing import Protocol
 
@@ -10,9 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prefix_store.errors import ModelLoadError
 from prefix_store.model_loading import LoadedModel
+from server.engine.cuda_graphs import CudaGraphs
 from server.engine.kv_cache import SlotCache, Window
 from server.engine.scheduler import SlotMove, Span
 from server.engine.sequence import Sequence
+from server.engine.static_decode import Capture, StaticDecode
+
+_log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -35,16 +40,32 @@ class TransformersRunner:
     """Any decoder-only transformers model that keeps its keys and values in a standard `Cache`.
 
     Rows of a batch may have any length: each token's position is given to the model, and an
-    additive mask lets it see the positions of its own slot up to its own.
+    additive mask lets it see the positions of its own slot up to its own. On CUDA, steps of single
+    tokens have fixed shapes and are captured in graphs.
     """
 
-    def __init__(self, loaded: LoadedModel, max_slots: int, max_length: int) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        max_slots: int,
+        max_length: int,
+        *,
+        capture: Capture | None = None,
+    ) -> None:
+        """
+        Args:
+            capture: makes steps of fixed shapes faster; None to compute every step as it comes.
+
+        Raises:
+            ModelLoadError: the model does not attend to every earlier position.
+        """
         check_attention_is_full(loaded, max_length)
         self._model = loaded.model
         self._device = loaded.model.device
         self._dtype = loaded.model.dtype
         self._cache = SlotCache(loaded.spec, max_slots, max_length, self._device, self._dtype)
         self._positions = torch.arange(max_length, device=self._device)
+        self._static = capture and self._static_decode(capture, max_slots, max_length)
 
     def start(self, sequence: Sequence) -> None:
         """See `Runner.start`: the prefix is copied into the slot."""
@@ -78,6 +99,9 @@ class TransformersRunner:
         logits.
         """
         slots = [span.sequence.slot for span in spans]
+        if self._static:
+            tokens_of = (span.token_ids[0] for span in spans)
+            return self._static(slots, tokens_of, [span.start for span in spans])
         count = max(slots) + 1
         tokens, positions, write_at = [0] * count, [0] * count, [self._cache.scratch] * count
         for slot, span in zip(slots, spans, strict=True):
@@ -85,6 +109,23 @@ class TransformersRunner:
             positions[slot] = write_at[slot] = span.start
         window = Window(slice(0, count), self._column(write_at), length=max(positions) + 1)
         return self._forward(self._column(tokens), self._column(positions), window)[slots]
+
+    @torch.inference_mode()
+    def _static_decode(
+        self, capture: Capture, max_slots: int, max_length: int
+    ) -> StaticDecode | None:
+        try:
+            return StaticDecode(
+                self._forward,
+                max_slots=max_slots,
+                max_length=max_length,
+                scratch=self._cache.scratch,
+                device=self._device,
+                capture=capture,
+            )
+        except RuntimeError as error:
+            _log.warning("decoding without CUDA graphs, they cannot hold this model: %s", error)
+            return None
 
     def _padded(self, spans: Rows[Span]) -> torch.Tensor:
         """Longer spans, padded on the left so that each one's last token is in the last column."""
@@ -125,6 +166,19 @@ class TransformersRunner:
             padding_value=padding,
             padding_side="left",
         ).to(self._device)
+
+
+def transformers_runner(
+    loaded: LoadedModel, max_slots: int, max_length: int, *, cuda_graphs: bool
+) -> TransformersRunner:
+    """The general runner as it is best on the model's device.
+
+    Raises:
+        ModelLoadError: the model does not attend to every earlier position.
+    """
+    device = loaded.model.device
+    capture = CudaGraphs(device) if cuda_graphs and device.type == "cuda" else None
+    return TransformersRunner(loaded, max_slots, max_length, capture=capture)
 
 
 def check_attention_is_full(loaded: LoadedModel, max_length: int) -> None:

@@ -18,7 +18,7 @@ from tests.clients.blocking import blocking_client
 from tests.clients.command_line import Run
 from tests.server_process import ServerProcess, running_server
 
-LAYERS, HEADS, HEAD_DIM = 2, 2, 8
+LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 MAX_UPLOAD_BYTES = 64 * 1024
 
 

@@ -42,7 +42,7 @@ def test_upload_list_and_remove(run: Run, tmp_path: Path, prefix: Prefix) -> Non
     heading, row = uploaded.stdout.splitlines()
     assert heading.split() == ["TASK", "METHOD", "LENGTH", "SIZE", "VERSION"]
     assert re.fullmatch(r"cli-life +prefix-tuning +4 +\S+ \S+ +sha256:[0-9a-f]{12} *", row)
-    assert row in run("ls").stdout.splitlines()
+    assert row.split() in [line.split() for line in run("ls").stdout.splitlines()]
     removed = run("rm", "cli-life", "--yes")
     assert (removed.exit_code, removed.stdout) == (0, "Removed cli-life\n")
     assert "cli-life" not in run("ls").stdout

@@ -187,7 +187,7 @@ def test_closing_a_stream_stops_the_generation(real_client: Client) -> None:
 def test_health_and_info(real_client: Client) -> None:
     assert real_client.health() == clients.Health(ready=True)
     info = real_client.info()
-    assert (info.num_layers, info.num_kv_heads, info.head_dim) == (2, 2, 8)
+    assert (info.num_layers, info.num_kv_heads, info.head_dim) == (2, 2, 16)
     assert (info.model_dtype, info.model_device_type) == ("float32", "cpu")
     assert info.max_total_tokens == 512
 

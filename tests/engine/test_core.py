@@ -9,12 +9,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.errors import ModelLoadError
 from prefix_store.model_loading import DEFAULT_MODEL, LoadedModel, load_base_model
 from prefix_store.prefix import Prefix
+from server.engine import static_decode
 from server.engine.core import EngineCore
 from server.engine.native import choose_runner, eos_token_ids
 from server.engine.packed_runner import PackedRunner
@@ -57,19 +59,49 @@ class Plan:
         return random_prefix(loaded, self.prefix_length, seed=self.prefix_length)
 
 
-def new_core(loaded: LoadedModel, *, general: bool = False, int8: bool = False) -> EngineCore:
+def new_core(
+    loaded: LoadedModel, *, general: bool = False, static: bool = False, int8: bool = False
+) -> EngineCore:
     """A core on the runner the engine would choose, or on the general one."""
-    runner = (
-        TransformersRunner(loaded, 3, 80) if general else choose_runner(loaded, 3, 80, int8=int8)
-    )
+    runner: Runner
+    if static:
+        runner = replayed_runner(loaded)
+    elif general:
+        runner = TransformersRunner(loaded, 3, 80)
+    else:
+        runner = choose_runner(loaded, 3, 80, int8=int8)
     return EngineCore(runner, CONFIG, eos_token_ids(loaded))
 
 
+_replayed: dict[str, Runner] = {}
+
+
+def replayed_runner(loaded: LoadedModel) -> Runner:
+    """A general runner whose steps are captured and replayed, made once for each model."""
+    name = loaded.spec.name
+    if name not in _replayed:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(static_decode, "_SHORTEST", 16)
+            _replayed[name] = TransformersRunner(loaded, 3, 80, capture=captured)
+    return _replayed[name]
+
+
+def captured(step: static_decode.Step) -> static_decode.Step:
+    """A CUDA graph's rules on a CPU: the operations on tensors are kept, all else is frozen."""
+    traced: static_decode.Step = make_fx(step)()
+    return traced
+
+
 def run(
-    loaded: LoadedModel, plans: list[Plan], *, general: bool = False, int8: bool = False
+    loaded: LoadedModel,
+    plans: list[Plan],
+    *,
+    general: bool = False,
+    static: bool = False,
+    int8: bool = False,
 ) -> list[list[TokenEvent]]:
     """Every plan's events, with arrivals and cancellations at their steps."""
-    core = new_core(loaded, general=general, int8=int8)
+    core = new_core(loaded, general=general, static=static, int8=int8)
     events: list[list[TokenEvent]] = [[] for _ in plans]
     step = 0
     while core.has_work or any(plan.arrives_at >= step for plan in plans):
@@ -119,6 +151,14 @@ def test_the_general_runner_serves_what_the_fast_one_does(
     tiny_llama: LoadedModel, plans: list[Plan]
 ) -> None:
     check_greedy(tiny_llama, plans, run(tiny_llama, plans, general=True))
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(plans=plans_strategy)
+def test_captured_steps_give_the_same_tokens(tiny: LoadedModel, plans: list[Plan]) -> None:
+    check_greedy(tiny, plans, run(tiny, plans, static=True))
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen2"])
