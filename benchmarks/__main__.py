@@ -4,7 +4,7 @@
 
 Each runs in a process of its own. Results are merged into `benchmarks/results/latest.json`: a
 benchmark that was not run keeps what it last measured, with its own date. `--smoke` runs each for a
-few seconds, checks that it prints its JSON line, and keeps nothing.
+few seconds, two at a time, checks that it prints its JSON line, and keeps nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,15 @@ LATEST = ROOT / "benchmarks" / "results" / "latest.json"
 PLOT = ROOT / "docs" / "images" / "performance.png"
 NAMES = tuple(
     name
-    for name in ("engine", "http", "peers", "tasks", "cold", "shared_prefix", "int8")
+    for name in ("engine", "http", "peers", "tasks", "cold", "shared_prefix", "int8", "training")
     if importlib.util.find_spec(f"benchmarks.{name}")
 )
 
 
-def run(name: str, extra: Sequence[str]) -> dict[str, Any]:
+_SMOKE_WORKERS = 2
+
+
+def run(name: str, extra: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
     """One benchmark's JSON line, with the date and the command.
 
     Raises:
@@ -46,6 +51,7 @@ def run(name: str, extra: Sequence[str]) -> dict[str, Any]:
         check=True,
         stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, **environment},
     )
     last = (finished.stdout.strip().splitlines() or [""])[-1]
     result = json.loads(last)
@@ -63,6 +69,29 @@ def merge(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"ratios": ratios, "benchmarks": benchmarks}
 
 
+def run_all(
+    names: Sequence[str], extra: Sequence[str], *, smoke: bool
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Each benchmark's result in their order, None for one that failed; says how each went."""
+
+    def attempt(name: str) -> tuple[dict[str, Any] | None, str]:
+        started = time.monotonic()
+        try:
+            result = run(name, extra, {"OMP_NUM_THREADS": "1"} if smoke else {})
+        except (subprocess.CalledProcessError, ValueError) as error:
+            return None, f"failed: {error}"
+        return result, f"{time.monotonic() - started:.0f} s"
+
+    # Only timings need the machine to themselves, and of a smoke run none are kept.
+    with ThreadPoolExecutor(_SMOKE_WORKERS if smoke else 1) as pool:
+        attempts = [pool.submit(attempt, name) for name in names]
+        for number, (name, future) in enumerate(zip(names, attempts, strict=True), 1):
+            print(f"[{number}/{len(names)}] {name} ...", end=" ", flush=True)
+            result, how = future.result()
+            print(how)
+            yield name, result
+
+
 def main() -> None:
     """Run, keep, draw; exit with 1 if any benchmark failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -75,24 +104,15 @@ def main() -> None:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
     extra = ["--smoke"] if options.smoke else []
     extra += ["--rounds", str(options.rounds)] if options.rounds else []
-    measured, failed = {}, []
-    for i, name in enumerate(names, 1):
-        print(f"[{i}/{len(names)}] {name} ...", end=" ", flush=True)
-        started = time.monotonic()
-        try:
-            measured[name] = run(name, extra)
-        except (subprocess.CalledProcessError, ValueError) as error:
-            failed.append(name)
-            print(f"failed: {error}")
-        else:
-            print(f"{time.monotonic() - started:.0f} s")
+    results = dict(run_all(names, extra, smoke=options.smoke))
+    measured = {name: result for name, result in results.items() if result is not None}
     if measured and not options.smoke:
         latest = merge(measured)
         LATEST.parent.mkdir(parents=True, exist_ok=True)
         LATEST.write_text(json.dumps(latest, indent=2) + "\n")
         draw(latest, PLOT)
         print(f"wrote {LATEST.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
-    if failed:
+    if failed := [name for name in names if name not in measured]:
         sys.exit(f"failed: {', '.join(failed)}")
 
 

@@ -177,11 +177,35 @@ VECTOR void NAME(attend_group)(const Model *model, const Step *step, int64_t lay
   }
 }
 
+INLINE void NAME(fetch)(const T *from, int64_t count) {
+  const char *bytes = (const char *)from;
+  const int64_t size = count * (int64_t)sizeof(T) < FETCH ? count * (int64_t)sizeof(T) : FETCH;
+  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(bytes + i);
+}
+
+/* Fetch where a row's positions begin: each is a stretch of its own, which no hardware foresees. */
+INLINE void NAME(fetch_row)(const Model *model, const Step *step, int64_t layer, int64_t row,
+                            int64_t head) {
+  const int64_t length = step->prefix_lengths[row] * model->head_dim;
+  const int64_t offset = (layer * model->kv_heads + head) * length;
+  const int64_t at =
+      layer * step->layer_stride + step->slots[row] * step->slot_stride + head * step->head_stride;
+  NAME(fetch)((const T *)step->prefix_keys[row] + offset, length);
+  NAME(fetch)((const T *)step->prefix_values[row] + offset, length);
+  NAME(fetch)((const T *)step->keys + at, step->lengths[row] * model->head_dim);
+  NAME(fetch)((const T *)step->values + at, step->lengths[row] * model->head_dim);
+}
+
 /* `groups`: first and last row of each group. */
 static void NAME(attention)(Team *team, const Model *model, const Step *step, int64_t layer,
                             int64_t num_groups) {
-  SHARE(team, i, num_groups * model->kv_heads, {
+  const int64_t pieces = num_groups * model->kv_heads;
+  SHARE(team, i, pieces, {
     const int64_t *group = step->groups + i / model->kv_heads * 2;
+    const int64_t next = i + 1;
+    if (next < pieces)
+      NAME(fetch_row)(model, step, layer, step->groups[next / model->kv_heads * 2],
+                      next % model->kv_heads);
     NAME(attend_group)(model, step, layer, group[0], group[1], i % model->kv_heads);
   });
 }

@@ -4,6 +4,8 @@
 #define MAX_QUERIES 64
 #define MAX_HEAD_DIM 256
 #define BLOCK 64
+/* Bytes fetched ahead of each stretch of keys or values. */
+#define FETCH 2048
 
 /* Running softmax of queries over the keys seen so far. */
 typedef struct {
