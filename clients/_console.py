@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from pydantic_core import to_json
@@ -24,7 +24,9 @@ from rich.text import Text
 
 from clients._answers import StreamToken, Task, Version
 from clients._files import Progress as OnSent
-from prefix_store.checkup import Checkup
+
+if TYPE_CHECKING:
+    from prefix_store.checkup import Checkup
 
 _PIPED_WIDTH = 1000
 _SHORT_VERSION = len("sha256:") + 12

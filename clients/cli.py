@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,19 +22,45 @@ from clients._console import (
     progress_bar,
 )
 from clients._errors import PrefixServeError
-from clients._evaluate import evaluate
 from clients._status import read_status
-from clients._store import doctor, export, import_
 from clients._tasks import app as tasks_app
-from clients.training.command import train_command
 from prefix_store.errors import PrefixStoreError
 
 COMMANDS = "prefixserve.commands"
 """Entry-point group of commands that other packages bring: functions of the argument list."""
 
+_STORE, _TRAIN, _EVALUATE = "clients._store", "clients.training.command", "clients._evaluate"
+LATER = {
+    "export": (
+        f"{_STORE}:export",
+        "Write every task and its versions to a folder; what is there already is kept.",
+    ),
+    "import": (
+        f"{_STORE}:import_",
+        "Put the tasks of an exported folder into the store; mends tasks whose bytes are damaged.",
+    ),
+    "doctor": (
+        f"{_STORE}:doctor",
+        "Check every task in the store, against the base model too; exit code 1 if any is wrong.",
+    ),
+    "train": (
+        f"{_TRAIN}:train_command",
+        "Train the prefix of TASK on the base model, which stays as it is.",
+    ),
+    "eval": (
+        f"{_EVALUATE}:evaluate",
+        "Score a task on rows of data; exit code 1 if the server refused some of them.",
+    ),
+}
+"""Commands whose modules take seconds to import: where each is, and what it does."""
+
 
 class _Commands(TyperGroup):
-    """Ends a command that the client or the server refused with a sentence and exit code 1."""
+    """Imports a command when it is called, and ends one that was refused with a sentence."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name in LATER else command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -53,11 +79,22 @@ app = typer.Typer(
 
 
 app.add_typer(tasks_app, name="tasks")
-app.command()(export)
-app.command("import")(import_)
-app.command()(doctor)
-app.command("train")(train_command)
-app.command("eval")(evaluate)
+
+
+def _imported_when_called() -> None:
+    raise AssertionError("`load` gives the command itself")
+
+
+for _name, (_, _summary) in LATER.items():
+    app.command(_name, help=_summary)(_imported_when_called)
+
+
+def load(name: str) -> Any:
+    """The command of `LATER`, imported."""
+    module, function = LATER[name][0].split(":")
+    alone = typer.Typer()
+    alone.command(name)(getattr(import_module(module), function))
+    return typer.main.get_command(alone)
 
 
 def main() -> None:
