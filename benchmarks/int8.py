@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.common import DATA, arguments, load_model, report
+from clients.data import Row, detokenise, read_rows
+from clients.evaluation import Output, score_outputs
+from clients.training.examples import encode_rows
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.demo_tasks import DEMO_TASKS
-from server.demo_tasks.data import Row, detokenise, encode, read_rows
-from server.demo_tasks.evaluate import bleu
 from server.engine.core import EngineCore
 from server.engine.native import choose_runner, eos_token_ids
 from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams, TokenEvent
@@ -89,8 +90,10 @@ def quality(
     for first in range(0, len(examples), SLOTS):
         scores += log_probabilities(runner, prefix, examples[first : first + SLOTS])
     texts = outputs(loaded, runner, prefix, examples)
+    rows = [example.row for example in examples]
+    [bleu] = score_outputs("int8", rows, list(map(Output, texts)), metrics=["BLEU"]).scores
     return {
-        "bleu": bleu(texts, [example.row for example in examples]),
+        "bleu": bleu.value or 0.0,
         "mean_log_probability": sum(scores) / len(scores),
         "seconds": time.perf_counter() - started,
     }
@@ -102,11 +105,16 @@ def main() -> None:
     loaded = load_model()
     task = next(task for task in DEMO_TASKS if task.task_id == "e2e")
     prefix = Prefix.from_bytes(task.path.read_bytes()).to(loaded.model.device, loaded.model.dtype)
-    rows = read_rows(DATA / "e2e" / "dev.jsonl")[: 3 if options.smoke else None]
-    examples = []
-    for row in rows:
-        encoded = encode(loaded.tokenizer, prefix.template, row.source, row.references[0])
-        examples.append(Example(row, tuple(encoded.prompt_ids), tuple(encoded.target_ids)))
+    rows = [
+        Row(row.source, tuple(map(detokenise, row.references)))
+        for row in read_rows(DATA / "e2e" / "dev.jsonl")[: 3 if options.smoke else None]
+    ]
+    encoded = encode_rows(
+        rows, loaded.tokenizer, prefix.template, MAX_LENGTH, every_reference=False
+    ).examples
+    examples = [
+        Example(row, ids.prompt_ids, ids.target_ids) for row, ids in zip(rows, encoded, strict=True)
+    ]
     results = {
         name: quality(loaded, choose_runner(loaded, SLOTS, MAX_LENGTH, int8=int8), prefix, examples)
         for name, int8 in (("bfloat16", False), ("int8", True))

@@ -57,7 +57,7 @@ def _carry_out(runs: list[Run]) -> None:
             continue
         console.print(f"[{number}/{len(runs)}] {run.name}")
         try:
-            carry_out(run, rows, folder, console)
+            carry_out(run, rows, RUNS, console)
         except TrainingInterruptedError as error:
             sys.exit(f"{run.name}: {error.args[0].partition(';')[0]}; run the same command again")
 

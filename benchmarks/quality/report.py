@@ -13,7 +13,7 @@ from benchmarks.quality.plots import draw_length, draw_low_data
 from benchmarks.quality.texts import BASE, INSTRUCTION
 
 Results = Mapping[str, Mapping[str, Any]]
-_LONG = "methods-prefix-long"
+_LONG, _TYPICAL = "methods-prefix-long", "methods-prefix-typical"
 _NAMES = {
     "prefix": "prefix-tuning",
     "finetune": "full fine-tuning",
@@ -93,7 +93,8 @@ def _methods(results: Results) -> str:
     lines = [
         "## Prefix-tuning beside other methods, on E2E",
         "",
-        "All with batches of 8 and the same number of steps, but for the first. "
+        "All with batches of 8 and the same number of steps, but for the first two; the second "
+        "goes on from the first (`--init task:... --references 2`). "
         "The base model gets an instruction, in its chat template: "
         f"“{INSTRUCTION.strip()}”",
         "",
@@ -101,6 +102,7 @@ def _methods(results: Results) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     named = [(_LONG, "prefix-tuning, longer")]
+    named += [(_TYPICAL, "then on the two most typical references")]
     named += [(f"methods-{method}", _NAMES[method]) for method in METHODS]
     named += [(BASE, "base model, hand-written instruction")]
     for key, name in named:
@@ -135,9 +137,9 @@ def _methods_findings(results: Results) -> list[str]:
         "The paper: with 0.1 % of the parameters prefix-tuning is as good as fine-tuning. "
         f"Here, with {share:.2%}: {_verdict(ours >= theirs - 1)}, BLEU {ours:.1f} and {theirs:.1f}."
     ]
-    if BASE in results and _LONG in results:
-        best, base = bleu(results[_LONG]), bleu(results[BASE])
-        found.append(f"The longer run has {best / base:.1f} times the BLEU of the base model.")
+    if BASE in results and _TYPICAL in results:
+        best, base = bleu(results[_TYPICAL]), bleu(results[BASE])
+        found.append(f"The best prefix has {best / base:.1f} times the BLEU of the base model.")
     return found
 
 

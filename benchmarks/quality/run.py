@@ -22,14 +22,16 @@ from benchmarks.quality.texts import BASE, write_texts
 from clients.data import Row
 from clients.evaluation import Output, score_outputs
 from clients.training import Trained, train
+from clients.training.run_folder import PREFIX_FILE
+from prefix_store.prefix import Prefix
 
 RESULT = "result.json"
 _METRICS = ("BLEU", "ROUGE-L")
 _NUM_EXAMPLES = 3
 
 
-def carry_out(run: Run, rows: Split, folder: Path, console: Console) -> None:
-    """Train, write and score, and keep `result.json` in `folder`.
+def carry_out(run: Run, rows: Split, runs: Path, console: Console) -> None:
+    """Train, write and score, and keep `result.json` in the run's folder below `runs`.
 
     A run that was interrupted goes on from its last checkpoint; its time is not kept then.
     Checkpoints, and models that a baseline left, are removed in the end.
@@ -37,6 +39,12 @@ def carry_out(run: Run, rows: Split, folder: Path, console: Console) -> None:
     Raises:
         TrainingInterruptedError: by Ctrl-C; it can be resumed.
     """
+    folder = runs / run.name
+    start = (
+        None
+        if run.start is None
+        else Prefix.from_bytes((runs / run.start / PREFIX_FILE).read_bytes())
+    )
     resumed = (folder / "run.json").is_file()
     dtype = torch.float32 if run.settings.method == "finetune" else None
     trained = train(
@@ -45,6 +53,7 @@ def carry_out(run: Run, rows: Split, folder: Path, console: Console) -> None:
         rows.train,
         folder,
         dev=rows.dev,
+        start=start,
         resume=resumed,
         console=console,
     )

@@ -69,8 +69,8 @@ def train(
     Args:
         loaded: in the dtype to compute in; float32 for `finetune`.
         output: folder of checkpoints and the result; made if missing.
-        dev: held-out rows; with them, the checkpoint with the least loss on their first
-            references is kept.
+        dev: held-out rows; with them, the checkpoint with the least loss is kept: on their first
+            references or, if `settings.references` chooses, on their most typical ones.
         start: the prefix to start from, with `settings.init` `task:NAME`.
         resume: go on from the last checkpoint in `output`.
         tensorboard: write logs for TensorBoard below `output`.
@@ -150,6 +150,8 @@ def _dev_examples(
 ) -> Examples | None:
     if not rows:
         return None
+    if settings.references is not None:
+        rows = typical_rows(rows, 1)
     examples = encode_rows(
         rows, loaded.tokenizer, settings.template, longest, every_reference=False
     )
