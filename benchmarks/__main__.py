@@ -32,8 +32,6 @@ NAMES = tuple(
     for name in ("engine", "http", "peers", "tasks", "cold", "shared_prefix", "int8", "training")
     if importlib.util.find_spec(f"benchmarks.{name}")
 )
-
-
 _SMOKE_WORKERS = 2
 
 

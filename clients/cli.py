@@ -29,26 +29,25 @@ from prefix_store.errors import PrefixStoreError
 COMMANDS = "prefixserve.commands"
 """Entry-point group of commands that other packages bring: functions of the argument list."""
 
-_STORE, _TRAIN, _EVALUATE = "clients._store", "clients.training.command", "clients._evaluate"
 LATER = {
     "export": (
-        f"{_STORE}:export",
+        "clients._store:export",
         "Write every task and its versions to a folder; what is there already is kept.",
     ),
     "import": (
-        f"{_STORE}:import_",
+        "clients._store:import_",
         "Put the tasks of an exported folder into the store; mends tasks whose bytes are damaged.",
     ),
     "doctor": (
-        f"{_STORE}:doctor",
+        "clients._store:doctor",
         "Check every task in the store, against the base model too; exit code 1 if any is wrong.",
     ),
     "train": (
-        f"{_TRAIN}:train_command",
+        "clients.training.command:train_command",
         "Train the prefix of TASK on the base model, which stays as it is.",
     ),
     "eval": (
-        f"{_EVALUATE}:evaluate",
+        "clients._evaluate:evaluate",
         "Score a task on rows of data; exit code 1 if the server refused some of them.",
     ),
 }

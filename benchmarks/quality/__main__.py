@@ -50,14 +50,13 @@ def _carry_out(runs: list[Run]) -> None:
     console = Console(stderr=True)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     for number, run in enumerate(runs, 1):
-        folder, rows = RUNS / run.name, split(run)
         if run.experiment == "methods" and not (RUNS / BASE / RESULT).is_file():
-            score_base_model(rows, RUNS / BASE)
-        if (folder / RESULT).is_file():
+            score_base_model(split(run), RUNS / BASE)
+        if (RUNS / run.name / RESULT).is_file():
             continue
         console.print(f"[{number}/{len(runs)}] {run.name}")
         try:
-            carry_out(run, rows, RUNS, console)
+            carry_out(run, split(run), RUNS, console)
         except TrainingInterruptedError as error:
             sys.exit(f"{run.name}: {error.args[0].partition(';')[0]}; run the same command again")
 

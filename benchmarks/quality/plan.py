@@ -23,8 +23,9 @@ _STEPS: dict[Experiment, int] = {
     "extrapolation": 300,
     "low_data": 100,
 }
-_LONG, _LONG_STEPS = "methods-prefix-long", 1284
-_TYPICAL = {"references": 2, "max_steps": 120, "eval_steps": 40, "learning_rate": 3e-4}
+LONG, TYPICAL = "methods-prefix-long", "methods-prefix-typical"
+_LONG_STEPS = 1284
+_TYPICAL_SETTINGS = {"references": 2, "max_steps": 120, "eval_steps": 40, "learning_rate": 3e-4}
 _E2E_INIT = (
     "text:Describe the restaurant in fluent English sentences, using all of the given facts:"
 )
@@ -39,7 +40,6 @@ class Run:
         name: of its folder; no two runs share one.
         data: which rows; `webnlg` leaves out the held-out categories.
         num_pairs: source and target pairs to train on, drawn with the settings' seed; None for all.
-        start: the run whose prefix it starts from, if any; that one comes before it.
     """
 
     name: str
@@ -47,7 +47,12 @@ class Run:
     data: Literal["e2e", "webnlg"]
     settings: TrainSettings
     num_pairs: int | None = None
-    start: str | None = None
+
+    @property
+    def start(self) -> str | None:
+        """The run whose prefix it starts from, if any; that one comes before it."""
+        init = self.settings.init
+        return init.removeprefix(TASK) if init.startswith(TASK) else None
 
 
 def plan() -> tuple[Run, ...]:
@@ -78,9 +83,9 @@ def _settings(
 
 def _methods() -> Iterator[Run]:
     long = _settings("methods", "prefix", steps=_LONG_STEPS)
-    yield Run(_LONG, "methods", "e2e", long)
-    typical = long.model_copy(update={**_TYPICAL, "init": f"{TASK}{_LONG}"})
-    yield Run("methods-prefix-typical", "methods", "e2e", typical, start=_LONG)
+    yield Run(LONG, "methods", "e2e", long)
+    typical = long.model_copy(update={**_TYPICAL_SETTINGS, "init": f"{TASK}{LONG}"})
+    yield Run(TYPICAL, "methods", "e2e", typical)
     for method in METHODS:
         yield Run(f"methods-{method}", "methods", "e2e", _settings("methods", method))
 

@@ -8,12 +8,11 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.quality.data import HELD_OUT
-from benchmarks.quality.plan import LENGTHS, METHODS, ROW_COUNTS, SEEDS
+from benchmarks.quality.plan import LENGTHS, LONG, METHODS, ROW_COUNTS, SEEDS, TYPICAL
 from benchmarks.quality.plots import draw_length, draw_low_data
 from benchmarks.quality.texts import BASE, INSTRUCTION
 
 Results = Mapping[str, Mapping[str, Any]]
-_LONG, _TYPICAL = "methods-prefix-long", "methods-prefix-typical"
 _NAMES = {
     "prefix": "prefix-tuning",
     "finetune": "full fine-tuning",
@@ -35,6 +34,7 @@ def write_report(results: Results, docs: Path) -> None:
         _low_data(results),
         _extrapolation(results),
         _length(results),
+        _starts(results),
     )
     (docs / "quality.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -101,8 +101,8 @@ def _methods(results: Results) -> str:
         "| method | BLEU | ROUGE-L | stored per task | steps | training | dev loss |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    named = [(_LONG, "prefix-tuning, longer")]
-    named += [(_TYPICAL, "then on the two most typical references")]
+    named = [(LONG, "prefix-tuning, longer")]
+    named += [(TYPICAL, "then on the two most typical references")]
     named += [(f"methods-{method}", _NAMES[method]) for method in METHODS]
     named += [(BASE, "base model, hand-written instruction")]
     for key, name in named:
@@ -137,8 +137,8 @@ def _methods_findings(results: Results) -> list[str]:
         "The paper: with 0.1 % of the parameters prefix-tuning is as good as fine-tuning. "
         f"Here, with {share:.2%}: {_verdict(ours >= theirs - 1)}, BLEU {ours:.1f} and {theirs:.1f}."
     ]
-    if BASE in results and _TYPICAL in results:
-        best, base = bleu(results[_TYPICAL]), bleu(results[BASE])
+    if BASE in results and TYPICAL in results:
+        best, base = bleu(results[TYPICAL]), bleu(results[BASE])
         found.append(f"The best prefix has {best / base:.1f} times the BLEU of the base model.")
     return found
 
@@ -204,7 +204,7 @@ def _extrapolation(results: Results) -> str:
 
 def _length(results: Results) -> str:
     lines = [
-        "## Prefix length, and where training starts, on E2E",
+        "## Prefix length, on E2E",
         "",
         "| vectors | BLEU |",
         "| --- | --- |",
@@ -220,6 +220,10 @@ def _length(results: Results) -> str:
             "The paper: BLEU rises with length up to a threshold (10 for table-to-text) and falls "
             f"a little behind it. Here it is highest with {best}.",
         ]
+    return "\n".join(lines)
+
+
+def _starts(results: Results) -> str:
     starts = {
         "real words": [f"low-100-prefix-{seed}" for seed in SEEDS],
         "random": [f"low-100-random-{seed}" for seed in SEEDS],
@@ -228,7 +232,8 @@ def _length(results: Results) -> str:
         start: [bleu(results[name]) for name in names if name in results]
         for start, names in starts.items()
     }
-    lines += ["", "| start, 100 training pairs | BLEU by seed |", "| --- | --- |"]
+    lines = ["## Where training starts, with 100 training pairs of E2E", ""]
+    lines += ["| start | BLEU by seed |", "| --- | --- |"]
     lines += [f"| {start} | {_each(scores)} |" for start, scores in found.items()]
     if all(found.values()):
         holds = mean(found["real words"]) > mean(found["random"])

@@ -89,7 +89,7 @@ def train(
     chosen = rows if settings.references is None else typical_rows(rows, settings.references)
     examples = encode_rows(chosen, loaded.tokenizer, settings.template, longest)
     dev_examples = _dev_examples(settings, loaded, dev, longest)
-    model = build(settings, loaded, rows, start)
+    model = build(settings, loaded, chosen, start)
     if settings.checkpointing:
         model.checkpoint_activations()
     stop, progress = StopOnSignal(), ProgressCallback(console)

@@ -26,13 +26,17 @@ class CudaGraphs:
         Raises:
             RuntimeError: the step waits for the device, or does what a graph cannot hold.
         """
+        with torch.cuda.device(self._device):  # streams are made on the current one
+            return self._captured(step)
+
+    def _captured(self, step: Step) -> Step:
         # The first calls choose algorithms and reserve workspaces, which must not be captured.
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._device))
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
                 step()
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile: prefixes are copied beside the model's work.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -17,7 +17,7 @@ from server.engine.scheduler import SlotMove, Span
 from server.engine.sequence import Sequence
 from server.engine.static_decode import Capture, StaticDecode
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -115,7 +115,7 @@ class TransformersRunner:
         self, capture: Capture, max_slots: int, max_length: int
     ) -> StaticDecode | None:
         try:
-            return StaticDecode(
+            static = StaticDecode(
                 self._forward,
                 max_slots=max_slots,
                 max_length=max_length,
@@ -124,8 +124,10 @@ class TransformersRunner:
                 capture=capture,
             )
         except RuntimeError as error:
-            _log.warning("decoding without CUDA graphs, they cannot hold this model: %s", error)
+            logger.warning("decoding without CUDA graphs, they cannot hold this model: %s", error)
             return None
+        logger.info("captured decode steps of %d shapes", len(static.shapes))
+        return static
 
     def _padded(self, spans: Rows[Span]) -> torch.Tensor:
         """Longer spans, padded on the left so that each one's last token is in the last column."""
