@@ -30,7 +30,7 @@ def test_loads_a_folder_frozen(model_dir: Path, tmp_path: Path) -> None:
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
-    assert (loaded.spec.num_layers, loaded.spec.num_kv_heads, loaded.spec.head_dim) == (2, 2, 8)
+    assert (loaded.spec.num_layers, loaded.spec.num_kv_heads, loaded.spec.head_dim) == (2, 2, 16)
     assert loaded.spec.max_positions == 512
     assert loaded.tokenizer("hello").input_ids
 
