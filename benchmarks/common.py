@@ -67,7 +67,7 @@ def random_prefix(loaded: LoadedModel, length: int, seed: int) -> Prefix:
     spec, generator = loaded.spec, torch.Generator().manual_seed(seed)
     shape = (spec.num_layers, spec.num_kv_heads, length, spec.head_dim)
     keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
-    return Prefix(keys, values, method="random").to(loaded.model.device, loaded.model.dtype)
+    return Prefix.of(keys, values, method="random").to(loaded.model.device, loaded.model.dtype)
 
 
 def alternate(

@@ -35,7 +35,7 @@ def main() -> None:
     prompt_ids = prompts(loaded, size)
     one = random_prefix(loaded, length, seed=0)
     shared = [one] * size
-    copies = [Prefix(one.keys.clone(), one.values.clone(), method="copy") for _ in range(size)]
+    copies = [Prefix.of(one.keys.clone(), one.values.clone(), method="copy") for _ in range(size)]
     rates = alternate(
         rounds,
         {

@@ -41,4 +41,5 @@ class Artefact:
             base_model=self.prefix.base_model,
             template=self.prefix.template,
             created_at=created_at,
+            groups=tuple(self.prefix.groups),
         )

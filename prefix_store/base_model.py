@@ -8,10 +8,27 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from prefix_store.groups import CROSS, DECODER, ENCODER, Group
 
 _FINGERPRINT_SAMPLE = 64
 _ALIASES = {"smollm2-135m": "smollm2-135m-instruct"}
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """Shape of the encoder of an encoder-decoder model.
+
+    Attributes:
+        num_layers, num_heads, head_dim: as `BaseModelSpec` has them of the decoder.
+        max_positions: longest source that it has positions for.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    max_positions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +42,7 @@ class BaseModelSpec:
             `[num_layers, num_kv_heads, prefix_length, head_dim]`.
         embedding_size: size of a soft prompt's embeddings, `[prefix_length, embedding_size]`.
         max_positions: longest sequence, prefix included, that the model has positions for.
+        encoder: of an encoder-decoder model, whose decoder the sizes above are of.
     """
 
     name: str
@@ -34,10 +52,13 @@ class BaseModelSpec:
     head_dim: int
     embedding_size: int
     max_positions: int
+    encoder: EncoderSpec | None = None
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, name: str) -> BaseModelSpec:
-        """Read the sizes off a decoder-only transformers model."""
+        """Read the sizes off a transformers model."""
+        if model.config.is_encoder_decoder:
+            return _encoder_decoder(model, name)
         config = model.config.get_text_config(decoder=True)
         num_heads = config.num_attention_heads
         return cls(
@@ -49,6 +70,49 @@ class BaseModelSpec:
             embedding_size=cast("nn.Embedding", model.get_input_embeddings()).embedding_dim,
             max_positions=config.max_position_embeddings,
         )
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Where it can read a prefix."""
+        return (DECODER,) if self.encoder is None else (DECODER, ENCODER, CROSS)
+
+    def shape(self, group: Group, prefix_length: int) -> tuple[int, int, int, int]:
+        """`[num_layers, num_kv_heads, prefix_length, head_dim]` of one of `groups`."""
+        if group == ENCODER and self.encoder is not None:
+            encoder = self.encoder
+            return encoder.num_layers, encoder.num_heads, prefix_length, encoder.head_dim
+        return self.num_layers, self.num_kv_heads, prefix_length, self.head_dim
+
+
+_RELATIVE_POSITIONS = 1_000_000
+"""Longest text of a model that has no positions of its own to run out of."""
+
+
+def _encoder_decoder(model: PreTrainedModel, name: str) -> BaseModelSpec:
+    encoder, decoder = (model.config.get_text_config(**{part: True}) for part in _PARTS)
+    positions = getattr(model.config, "max_position_embeddings", None) or _RELATIVE_POSITIONS
+    return BaseModelSpec(
+        name=name,
+        fingerprint=fingerprint(model),
+        # T5 names its own.
+        num_layers=getattr(decoder, "num_decoder_layers", None) or decoder.num_hidden_layers,
+        num_kv_heads=decoder.num_attention_heads,
+        head_dim=_head_dim(decoder),
+        embedding_size=cast("nn.Embedding", model.get_input_embeddings()).embedding_dim,
+        max_positions=positions,
+        encoder=EncoderSpec(
+            encoder.num_hidden_layers, encoder.num_attention_heads, _head_dim(encoder), positions
+        ),
+    )
+
+
+_PARTS = ("encoder", "decoder")
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    # T5's is a size of its own.
+    size: int = getattr(config, "d_kv", None) or config.hidden_size // config.num_attention_heads
+    return size
 
 
 def fingerprint(model: PreTrainedModel) -> str:

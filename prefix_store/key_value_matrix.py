@@ -6,7 +6,7 @@ import torch
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.errors import IncompatiblePrefixError
-from prefix_store.prefix import check_tensor
+from prefix_store.groups import check_tensor
 
 
 def num_columns(spec: BaseModelSpec) -> int:

@@ -12,11 +12,18 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.errors import ModelLoadError
+from prefix_store.prefix_attention import use_prefix_attention
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +78,20 @@ def load_base_model(
     source = _source(name, cache_dir)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         # A checkpoint without safetensors is a pickle, which can run code.
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        model = auto.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True)
     except _READ_ERRORS as error:
         raise ModelLoadError(
             f"cannot load the base model {name!r}: {_first_line(error)} {_EXPECTED}"
         ) from error
     torch.nn.Module.to(model, device)
     model.requires_grad_(False).train(False)
-    return LoadedModel(model, tokenizer, BaseModelSpec.from_model(model, name))
+    spec = BaseModelSpec.from_model(model, name)
+    if spec.encoder is not None:
+        use_prefix_attention(model, spec)
+    return LoadedModel(model, tokenizer, spec)
 
 
 def _source(name: str, cache_dir: Path) -> str:

@@ -41,7 +41,7 @@ def from_peft(config_json: Buffer, weights: Buffer, spec: BaseModelSpec) -> Pref
         InvalidPrefixError: another kind of adapter, or not a valid prefix.
         IncompatiblePrefixError: not the sizes of `spec`.
     """
-    config = _config(config_json)
+    config = _config(config_json, spec)
     tensors, _ = read_tensor_file(weights, (PROMPT_EMBEDDINGS,))
     matrix = tensors[PROMPT_EMBEDDINGS]
     kind, base_model = config["peft_type"], config.get("base_model_name_or_path") or ""
@@ -56,10 +56,21 @@ def from_peft(config_json: Buffer, weights: Buffer, spec: BaseModelSpec) -> Pref
         spec,
     )
     keys, values = split_keys_and_values(PROMPT_EMBEDDINGS, matrix, spec)
-    return Prefix(keys, values, method=_KEYS_AND_VALUES[kind], base_model=base_model)
+    if spec.encoder is not None:
+        # PEFT writes the layers twice, then takes four tensors for each: its own keys and values,
+        # and two for attention to the encoder, which it drops (`PeftModel.get_prompt`).
+        layers = torch.arange(spec.num_layers) * 2 % spec.num_layers
+        keys, values = keys[layers], values[layers]
+    return Prefix.of(
+        keys,
+        values,
+        method=_KEYS_AND_VALUES[kind],
+        base_model=base_model,
+        encoder_decoder=spec.encoder is not None,
+    )
 
 
-def _config(config_json: Buffer) -> dict[str, Any]:
+def _config(config_json: Buffer, spec: BaseModelSpec) -> dict[str, Any]:
     if len(config_json) > MAX_CONFIG_BYTES:
         raise InvalidPrefixError(
             f"{CONFIG_NAME} is {len(config_json)} bytes; expected at most {MAX_CONFIG_BYTES}"
@@ -70,10 +81,11 @@ def _config(config_json: Buffer) -> dict[str, Any]:
         raise InvalidPrefixError(
             f"{CONFIG_NAME} has peft_type {str(kind)[:40]!r}; expected one of {', '.join(_METHODS)}"
         )
-    if config.get("num_transformer_submodules") not in (None, 1):
-        raise InvalidPrefixError(
-            f"{CONFIG_NAME} is for an encoder-decoder model (task_type "
-            f"{str(config.get('task_type'))[:40]!r}); expected CAUSAL_LM"
+    expected = "CAUSAL_LM" if spec.encoder is None else "SEQ_2_SEQ_LM"
+    if (config.get("num_transformer_submodules") == 2) != (spec.encoder is not None):
+        raise IncompatiblePrefixError(
+            f"{CONFIG_NAME} has task_type {str(config.get('task_type'))[:40]!r}; expected "
+            f"{expected}, as the base model {spec.name!r} is one"
         )
     return config
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save as save_safetensors
 
 from prefix_store.errors import InvalidPrefixError
+from prefix_store.groups import DECODER, GROUPS, Group, KeysValues, dtype_name, group_tensors
 from prefix_store.strict_json import parse_object
-from prefix_store.tensor_file import Buffer, read_tensor_file
+from prefix_store.tensor_file import Buffer, read_tensor_file, tensor_names
 
 FORMAT = "prefixserve/1"
 # One metadata entry only: safetensors writes several in no fixed order, and equal prefixes must
 # have equal bytes.
 METADATA_KEY = "prefixserve"
-KEYS = "decoder.keys"
-VALUES = "decoder.values"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SOURCE = "{source}"
 
 MAX_NAME_CHARS = 256
@@ -34,49 +32,89 @@ class Prefix:
     """Keys and values put in front of every request of a task. Valid, immutable; share it freely.
 
     Attributes:
-        keys, values: `[num_layers, num_kv_heads, prefix_length, head_dim]`, float16, bfloat16 or
-            float32, finite, as the attention uses them (a rotary model's keys are already rotated).
+        groups: keys and values by where attention reads them; of one length, dtype and device. One
+            at least.
         method: how it was made, e.g. `prefix-tuning`, `cartridge`, `text`.
         base_model: name of the base model it was made for, or empty when unknown.
         fingerprint: `base_model.fingerprint()` of that model, or empty when unknown.
         template: text around a request's input, with `{source}` where the input goes; empty for
             the input as it is.
         training: anything worth keeping about the training, as strings.
+        encoder_decoder: whether that model has an encoder; without, there is only `decoder`.
 
     Raises:
-        InvalidPrefixError: a tensor or a text is not as above, or a text is too long.
+        InvalidPrefixError: a group or a text is not as above, or a text is too long.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    groups: Mapping[Group, KeysValues]
     method: str
     base_model: str = ""
     fingerprint: str = ""
     template: str = ""
     training: Mapping[str, str] = field(default_factory=dict)
+    encoder_decoder: bool = False
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, method: str, **fields: Any) -> Self:
+        """A prefix of the decoder's self-attention alone, `[num_layers, num_kv_heads,
+        prefix_length, head_dim]` each.
+
+        Raises:
+            InvalidPrefixError
+        """
+        return cls({DECODER: KeysValues(keys, values)}, method, **fields)
 
     def __post_init__(self) -> None:
-        check_tensor(KEYS, self.keys, ndim=4)
-        check_tensor(VALUES, self.values, ndim=4)
-        if (self.keys.shape, self.keys.dtype) != (self.values.shape, self.values.dtype):
-            raise InvalidPrefixError(
-                f"{KEYS} is {_described(self.keys)} and {VALUES} is {_described(self.values)}; "
-                "expected the same shape and dtype"
-            )
+        _check_groups(self.groups, self.encoder_decoder)
         for name in ("method", "base_model", "fingerprint"):
             check_name(name, getattr(self, name))
         check_template(self.template)
         _check_training(self.training)
 
     @property
+    def keys(self) -> torch.Tensor:
+        """The decoder's; a prefix of a decoder-only model has them."""
+        return self.groups[DECODER].keys
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The decoder's; a prefix of a decoder-only model has them."""
+        return self.groups[DECODER].values
+
+    @property
     def prefix_length(self) -> int:
-        """Number of positions the prefix takes."""
-        return self.keys.shape[2]
+        """Number of positions that each group takes."""
+        return next(iter(self.groups.values())).prefix_length
+
+    def length_in(self, group: Group) -> int:
+        """Number of positions that it takes in one group; 0 where it has none."""
+        return self.prefix_length if group in self.groups else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every tensor."""
+        return next(iter(self.groups.values())).keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of every tensor."""
+        return next(iter(self.groups.values())).keys.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of all tensors."""
+        return sum(group.nbytes for group in self.groups.values())
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Prefix:
+        """The same prefix with every tensor changed; itself if nothing changes.
+
+        Raises:
+            InvalidPrefixError: it is no prefix any more.
+        """
+        groups = {name: group.mapped(change) for name, group in self.groups.items()}
+        if all(groups[name] is group for name, group in self.groups.items()):
+            return self
+        return replace(self, groups=groups)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Prefix:
         """The same prefix with contiguous tensors elsewhere; shares storage if nothing changes.
@@ -84,10 +122,7 @@ class Prefix:
         Raises:
             InvalidPrefixError: a number is too large for `dtype`.
         """
-        keys, values = (t.to(device, dtype).contiguous() for t in (self.keys, self.values))
-        if keys is self.keys and values is self.values:
-            return self
-        return replace(self, keys=keys, values=values)
+        return self.mapped(lambda tensor: tensor.to(device, dtype).contiguous())
 
     def to_bytes(self) -> bytes:
         """One safetensors file; equal prefixes give equal bytes."""
@@ -96,7 +131,13 @@ class Prefix:
             **{name: getattr(self, name) for name in _TEXT_FIELDS},
             "training": dict(self.training),
         }
-        tensors = {KEYS: _own_copy(self.keys), VALUES: _own_copy(self.values)}
+        if self.encoder_decoder:
+            metadata[_GROUPS] = sorted(self.groups)
+        tensors = {
+            name: _own_copy(tensor)
+            for group, keys_values in self.groups.items()
+            for name, tensor in keys_values.named(group).items()
+        }
         return save_safetensors(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
 
     @classmethod
@@ -106,32 +147,48 @@ class Prefix:
         Raises:
             InvalidPrefixError: not safetensors, not this format, or not a valid prefix.
         """
-        tensors, metadata = read_tensor_file(data, (KEYS, VALUES))
-        return cls(tensors[KEYS], tensors[VALUES], **_own_metadata(metadata))
+        found = _groups_of(tensor_names(data)) or (DECODER,)
+        names = [name for group in found for name in group_tensors(group)]
+        tensors, metadata = read_tensor_file(data, names)
+        own = _own_metadata(metadata)
+        named = own.pop(_GROUPS, None)
+        if named is not None and named != sorted(found):
+            raise InvalidPrefixError(
+                f"the {METADATA_KEY!r} metadata names the groups {str(named)[:80]}, and the file "
+                f"holds keys and values of {', '.join(sorted(found))}; expected the same"
+            )
+        groups = {}
+        for group in found:
+            keys, values = (tensors[name] for name in group_tensors(group))
+            groups[group] = KeysValues(keys, values, group)
+        return cls(groups, **own, encoder_decoder=named is not None)
 
 
+_GROUPS = "groups"
 _TEXT_FIELDS = ("method", "base_model", "fingerprint", "template")
 
 
-def check_tensor(name: str, tensor: torch.Tensor, *, ndim: int) -> None:
-    """Refuse a tensor that no prefix can be made of.
+def _check_groups(groups: Mapping[Group, KeysValues], encoder_decoder: bool) -> None:
+    if not groups or not set(groups) <= set(GROUPS if encoder_decoder else (DECODER,)):
+        accepted = "one or more of " + ", ".join(GROUPS) if encoder_decoder else DECODER
+        raise InvalidPrefixError(
+            f"the prefix has keys and values for {', '.join(sorted(groups)) or 'nothing'}; "
+            f"expected {accepted}"
+        )
+    (first, one), *others = groups.items()
+    for name, other in others:
+        for what, found, expected in (
+            ("prefix length", other.prefix_length, one.prefix_length),
+            ("dtype", dtype_name(other.keys.dtype), dtype_name(one.keys.dtype)),
+        ):
+            if found != expected:
+                raise InvalidPrefixError(
+                    f"{name} has {what} {found} and {first} has {expected}; expected the same"
+                )
 
-    Raises:
-        InvalidPrefixError: other than `ndim` dimensions, empty, a dtype not in `DTYPES`, NaN, Inf.
-    """
-    if tensor.ndim != ndim or tensor.numel() == 0:
-        raise InvalidPrefixError(
-            f"{name} has shape {list(tensor.shape)}; expected {ndim} dimensions, none of them 0"
-        )
-    if tensor.dtype not in DTYPES:
-        accepted = ", ".join(_dtype_name(dtype) for dtype in DTYPES)
-        raise InvalidPrefixError(
-            f"{name} has dtype {_dtype_name(tensor.dtype)}; expected one of {accepted}"
-        )
-    # Extremes propagate NaN, and finding them takes a tenth of the time of looking at each number.
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
-        kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
-        raise InvalidPrefixError(f"{name} holds {kind}; expected finite numbers only")
+
+def _groups_of(names: Collection[str]) -> tuple[Group, ...]:
+    return tuple(group for group in GROUPS if set(group_tensors(group)) & set(names))
 
 
 def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -144,7 +201,7 @@ def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     if found.pop("format", None) != FORMAT:
         raise InvalidPrefixError(f"the {METADATA_KEY!r} metadata does not have format {FORMAT!r}")
     expected = {*_TEXT_FIELDS, "training"}
-    if set(found) != expected:
+    if set(found) - {_GROUPS} != expected:
         raise InvalidPrefixError(
             f"the {METADATA_KEY!r} metadata has {sorted(found)[:10]}; expected {sorted(expected)}"
         )
@@ -198,14 +255,6 @@ def _check_training(value: object) -> None:
 def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
     # safetensors refuses to write one tensor under two names.
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"{_dtype_name(tensor.dtype)} {list(tensor.shape)}"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def version_of(data: Buffer) -> str:

@@ -8,8 +8,9 @@ import torch
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.errors import IncompatiblePrefixError, InvalidPrefixError
+from prefix_store.groups import check_tensor
 from prefix_store.key_value_matrix import num_columns, split_keys_and_values
-from prefix_store.prefix import Prefix, check_tensor
+from prefix_store.prefix import Prefix
 from prefix_store.tensor_file import Buffer, read_tensor_file, tensor_names
 
 METHOD = "p-tuning-v2"
@@ -56,7 +57,7 @@ def from_ptuning_v2(weights: Buffer, spec: BaseModelSpec) -> Prefix:
         check_tensor(_EMBEDDING, matrix, ndim=2)
         matrix = _projected(matrix, projection, spec)
     keys, values = split_keys_and_values(_EMBEDDING, matrix, spec)
-    return Prefix(keys, values, method=METHOD)
+    return Prefix.of(keys, values, method=METHOD)
 
 
 def _projected(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from prefix_store.prefix import check_name, check_tensor
+from prefix_store.groups import check_tensor
+from prefix_store.prefix import check_name
 
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 

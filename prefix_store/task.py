@@ -12,6 +12,7 @@ from prefix_store.errors import (
     UnknownVersionError,
     VersionConflictError,
 )
+from prefix_store.groups import DECODER, Group
 
 WHOLE = 100  # percent
 
@@ -26,6 +27,7 @@ class TaskRecord:
         nbytes: size of the artefact in bytes.
         method, base_model, template: as in `Prefix`.
         created_at: when the task was given this version, in unix seconds.
+        groups: where the prefix has keys and values.
     """
 
     task_id: str
@@ -36,6 +38,7 @@ class TaskRecord:
     base_model: str
     template: str
     created_at: float
+    groups: tuple[Group, ...] = (DECODER,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prefix_store.base_model import BaseModelSpec, same_model_name
 from prefix_store.errors import IncompatiblePrefixError
-from prefix_store.prefix import KEYS, Prefix
+from prefix_store.groups import group_tensors
+from prefix_store.prefix import Prefix
 from prefix_store.soft_prompt import PROMPT_EMBEDDINGS, SoftPrompt
 
 
@@ -17,7 +18,8 @@ def check_fits(prefix: Prefix | SoftPrompt, spec: BaseModelSpec, max_prefix_leng
 
     Raises:
         IncompatiblePrefixError: other layers, key-value heads, head size or embedding size, too
-            long, or made for another base model.
+            long, of a model with an encoder where this one has none or the other way round, or made
+            for another base model.
     """
     longest = min(max_prefix_length, spec.max_positions - 1)
     if isinstance(prefix, SoftPrompt):
@@ -25,8 +27,11 @@ def check_fits(prefix: Prefix | SoftPrompt, spec: BaseModelSpec, max_prefix_leng
         _check_length(PROMPT_EMBEDDINGS, prefix.embeddings.shape, prefix.prefix_length, longest)
         check_same_model(prefix.base_model, "", spec)
     else:
+        _check_kind(prefix, spec)
         _check_sizes(prefix, spec)
-        _check_length(KEYS, prefix.keys.shape, prefix.prefix_length, longest)
+        group, keys_values = next(iter(prefix.groups.items()))
+        name = group_tensors(group)[0]
+        _check_length(name, keys_values.keys.shape, prefix.prefix_length, longest)
         check_same_model(prefix.base_model, prefix.fingerprint, spec)
 
 
@@ -50,20 +55,32 @@ def check_same_model(base_model: str, fingerprint: str, spec: BaseModelSpec) -> 
         )
 
 
+def _check_kind(prefix: Prefix, spec: BaseModelSpec) -> None:
+    if prefix.encoder_decoder != (spec.encoder is not None):
+        made, runs = "a decoder-only", "an encoder-decoder"
+        if prefix.encoder_decoder:
+            made, runs = runs, made
+        raise IncompatiblePrefixError(
+            f"the prefix, of {', '.join(sorted(prefix.groups))}, was made for {made} model; this "
+            f"server runs {runs} one, {spec.name!r}. Train it on the model that the server runs."
+        )
+
+
 def _check_sizes(prefix: Prefix, spec: BaseModelSpec) -> None:
-    layers, heads, length, head_dim = prefix.keys.shape
-    expected = [spec.num_layers, spec.num_kv_heads, length, spec.head_dim]
-    for name, found, wanted in (
-        ("layers", layers, spec.num_layers),
-        ("key-value heads", heads, spec.num_kv_heads),
-        ("numbers per head", head_dim, spec.head_dim),
-    ):
-        if found != wanted:
-            raise IncompatiblePrefixError(
-                f"{KEYS} has {found} {name} and the base model {spec.name!r} has {wanted}: "
-                f"found shape {list(prefix.keys.shape)}, expected {expected}"
-                + (f"; the prefix names {prefix.base_model!r}" if prefix.base_model else "")
-            )
+    for group, keys_values in prefix.groups.items():
+        shape = keys_values.keys.shape
+        expected = spec.shape(group, prefix.prefix_length)
+        for what, found, wanted in zip(_DIMENSIONS, shape, expected, strict=True):
+            if found != wanted:
+                raise IncompatiblePrefixError(
+                    f"{group_tensors(group)[0]} has {found} {what} and the base model "
+                    f"{spec.name!r} has {wanted}: found shape {list(shape)}, expected "
+                    f"{list(expected)}"
+                    + (f"; the prefix names {prefix.base_model!r}" if prefix.base_model else "")
+                )
+
+
+_DIMENSIONS = ("layers", "key-value heads", "positions", "numbers per head")
 
 
 def _check_embedding_size(prompt: SoftPrompt, spec: BaseModelSpec) -> None:

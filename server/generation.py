@@ -245,16 +245,18 @@ class Generator:
     def _new_tokens(
         self, job: GenerationJob, record: TaskRecord | None, prompt_tokens: int, where: str
     ) -> int:
-        limit = self._engine.max_length
         prefix_tokens = 0 if record is None else record.prefix_length
-        left = limit - prefix_tokens - prompt_tokens
+        try:
+            left = self._engine.room(prompt_tokens, prefix_tokens)
+        except RequestTooLongError as error:
+            raise RequestTooLongError(f"{where}{error}") from None
         wanted = job.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, left))
         if wanted > left:
             raise RequestTooLongError(
                 f"{where}{prefix_tokens} prefix tokens + {prompt_tokens} prompt tokens + "
                 f"{wanted} max_new_tokens = {prefix_tokens + prompt_tokens + wanted} is over this "
-                f"server's limit of {limit}; shorten the input, set truncate, or lower "
-                "max_new_tokens"
+                f"server's limit of {self._engine.max_length}; shorten the input, set truncate, or "
+                "lower max_new_tokens"
             )
         return wanted
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 
 from prefix_store.cache import PrefixCache
 from prefix_store.errors import CorruptArtefactError, PrefixStoreError, StoreUnavailableError
+from prefix_store.groups import Group
 from prefix_store.prefix import Prefix
 from prefix_store.store import PrefixStore
 from prefix_store.task import TaskRecord
@@ -67,13 +68,13 @@ class ResidentPrefixes:
         """Longest prefix that leaves room for text."""
         return self._engine.max_length - _ROOM_FOR_TEXT
 
-    def check_size(self, prefix_length: int) -> None:
+    def check_size(self, prefix_length: int, groups: Collection[Group]) -> None:
         """Refuse a prefix that could never be loaded here.
 
         Raises:
             PrefixTooLargeError: it takes more memory than there is for all prefixes.
         """
-        self._device.check_fits(self._engine.prefix_bytes(prefix_length))
+        self._device.check_fits(self._engine.prefix_bytes(prefix_length, groups))
 
     @asynccontextmanager
     async def lease(self, record: TaskRecord) -> AsyncIterator[None]:
@@ -99,7 +100,7 @@ class ResidentPrefixes:
 
     def nbytes(self, record: TaskRecord) -> int:
         """Memory that a task's prefix takes on the device."""
-        return self._engine.prefix_bytes(record.prefix_length)
+        return self._engine.prefix_bytes(record.prefix_length, record.groups)
 
     async def pin(self, record: TaskRecord) -> None:
         """Load a task's prefix and keep it until `unpin`; one call at a time.
@@ -155,7 +156,7 @@ class ResidentPrefixes:
         # Checked again: the store may be shared with servers that run another base model.
         prefix = Prefix.from_bytes(data)
         check_fits(prefix, self._engine.spec, self.max_prefix_length)
-        if self._engine.prefix_bytes(prefix.prefix_length) != nbytes:
+        if self._engine.prefix_bytes(prefix.prefix_length, prefix.groups) != nbytes:
             raise CorruptArtefactError(
                 f"the stored artefact {version} has prefix length {prefix.prefix_length}, and its "
                 "task says otherwise; upload the prefix again"

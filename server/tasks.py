@@ -11,6 +11,8 @@ from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
 from prefix_store.directory import TaskDirectory
 from prefix_store.errors import StoreUnavailableError
+from prefix_store.groups import DECODER
+from prefix_store.prefix import Prefix
 from prefix_store.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
 from prefix_store.task import Task, TaskRecord
@@ -94,7 +96,7 @@ class TaskService:
             raise InvalidRequestError(
                 f"the text has {len(token_ids)} tokens; expected 1 to {longest}"
             )
-        self._prefixes.check_size(len(token_ids))
+        self._prefixes.check_size(len(token_ids), (DECODER,))
         return await self._put(task_id, await self._compute(token_ids), activate, condition)
 
     async def get(self, task_id: str) -> Task:
@@ -188,7 +190,8 @@ class TaskService:
         upload = read_upload(files, self._engine.spec)
         prefix = upload if isinstance(upload, SoftPrompt) else upload.prefix
         check_fits(prefix, self._engine.spec, self._prefixes.max_prefix_length)
-        self._prefixes.check_size(prefix.prefix_length)
+        groups = prefix.groups if isinstance(prefix, Prefix) else (DECODER,)
+        self._prefixes.check_size(prefix.prefix_length, groups)
         return upload
 
     async def _put(

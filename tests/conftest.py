@@ -9,16 +9,22 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MBartConfig,
     OPTConfig,
+    PegasusConfig,
     PreTrainedConfig,
     Qwen2Config,
+    T5Config,
 )
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.model_loading import DEFAULT_MODEL, LoadedModel, load_base_model
+from prefix_store.prefix_attention import use_prefix_attention
 
 # Tiny models are faster on one thread, and steps are compared exactly whatever their number.
 torch.set_num_threads(1)
@@ -74,6 +80,62 @@ TINY_CONFIGS: dict[str, PreTrainedConfig] = {
         word_embed_proj_dim=32,
     ),
 }
+
+_BART_SIZES = {
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 5,
+    "decoder_start_token_id": 5,
+    "init_std": 0.3,
+}
+TINY_ENCODER_DECODERS: dict[str, PreTrainedConfig] = {
+    "bart": BartConfig(**_BART_SIZES, forced_bos_token_id=None, forced_eos_token_id=None),
+    "mbart": MBartConfig(**_BART_SIZES, forced_eos_token_id=None, scale_embedding=True),
+    "pegasus": PegasusConfig(**_BART_SIZES, forced_eos_token_id=None),
+    "t5": T5Config(
+        d_model=32,
+        d_kv=12,
+        d_ff=48,
+        num_layers=3,
+        num_heads=3,
+        vocab_size=VOCAB,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=20,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=5,
+        initializer_factor=1.0,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def tiny_encoder_decoder(shape: str) -> LoadedModel:
+    """A random float32 encoder-decoder with logits spread enough for greedy decoding to vary."""
+    torch.manual_seed(7)
+    config = TINY_ENCODER_DECODERS[shape]
+    model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for bias in (p for name, p in model.named_parameters() if "relative_attention" in name):
+            bias.normal_()
+    spec = BaseModelSpec.from_model(model, f"tiny-{shape}")
+    use_prefix_attention(model, spec)
+    return LoadedModel(model, tokenizer=None, spec=spec)
+
+
+@pytest.fixture(scope="session", params=sorted(TINY_ENCODER_DECODERS))
+def tiny_seq2seq(request: pytest.FixtureRequest) -> LoadedModel:
+    """One tiny random model per encoder-decoder shape that the engine promises to serve."""
+    return tiny_encoder_decoder(request.param)
 
 
 def tiny_model(shape: str) -> LoadedModel:

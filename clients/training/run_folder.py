@@ -76,7 +76,7 @@ def save_result(
     with torch.no_grad():
         # As it was used: in the dtype that the model computes in.
         keys, values = model.prefix().to(loaded.model.dtype).cpu()
-    prefix = Prefix(
+    prefix = Prefix.of(
         keys,
         values,
         method=_METHOD_NAMES[settings.method],

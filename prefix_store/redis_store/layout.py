@@ -21,8 +21,9 @@ import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Any, Self
 
+from prefix_store.groups import DECODER
 from prefix_store.task import Share, Task, TaskRecord
 
 _TAG = "{prefixserve}"
@@ -112,8 +113,13 @@ def task_from_json(task_id: str, text: bytes) -> Task:
     return Task(
         task_id=task_id,
         version=stored["version"],
-        versions=tuple(TaskRecord(task_id=task_id, **fields) for fields in stored["versions"]),
+        versions=tuple(_record(task_id, fields) for fields in stored["versions"]),
         history=tuple(stored["history"]),
         split=tuple(Share(*share) for share in stored["split"]),
         pinned=stored["pinned"],
     )
+
+
+def _record(task_id: str, fields: dict[str, Any]) -> TaskRecord:
+    groups = tuple(fields.pop("groups", (DECODER,)))
+    return TaskRecord(task_id=task_id, groups=groups, **fields)

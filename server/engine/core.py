@@ -146,5 +146,5 @@ class EngineCore:
 
 def _step_stats(spans: Rows[Span], seconds: float, stats: EngineStats) -> StepStats:
     decoding = [span for span in spans if span.start >= span.sequence.prompt_end]
-    prefilled = sum(len(span.token_ids) for span in spans) - len(decoding)
+    prefilled = sum(span.num_tokens for span in spans) - len(decoding)
     return StepStats(len(decoding), prefilled, seconds, stats)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import torch
 
@@ -32,8 +31,7 @@ class DeviceCopier:
         prefix = prefix.to("cpu", self._dtype)
         if self._stream is None:
             return prefix
-        keys, values = (tensor.pin_memory() for tensor in (prefix.keys, prefix.values))
-        return replace(prefix, keys=keys, values=values)
+        return prefix.mapped(torch.Tensor.pin_memory)
 
     async def copy(self, prefix: Prefix) -> Prefix:
         """The prefix on the device, ready to be read by any stream.
@@ -41,7 +39,7 @@ class DeviceCopier:
         Raises:
             InvalidPrefixError: a number is too large for the model's dtype.
         """
-        if prefix.keys.device == self._device and prefix.keys.dtype == self._dtype:
+        if prefix.device == self._device and prefix.dtype == self._dtype:
             return prefix.to(self._device, self._dtype)  # made contiguous at most
         return await asyncio.to_thread(self._copy, prefix)
 
@@ -50,16 +48,16 @@ class DeviceCopier:
             return prefix.to(self._device, self._dtype)
         reader = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            keys, values = (
-                tensor.to(self._device, self._dtype, non_blocking=True)
-                for tensor in (prefix.keys, prefix.values)
+            moved = prefix.mapped(
+                lambda tensor: tensor.to(self._device, self._dtype, non_blocking=True)
             )
             copied = self._stream.record_event()
         copied.synchronize()
-        for tensor in (keys, values):
-            # Memory that is freed while a step still reads it must not go to the next copy.
-            tensor.record_stream(reader)
-        return replace(prefix, keys=keys, values=values)
+        for group in moved.groups.values():
+            for tensor in (group.keys, group.values):
+                # Memory that is freed while a step still reads it must not go to the next copy.
+                tensor.record_stream(reader)
+        return moved
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
 from prefix_store.base_model import BaseModelSpec
-from prefix_store.prefix import Prefix
+from prefix_store.groups import KeysValues
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class SlotCache(Cache):
         """0: positions and masks are given to the model, never derived from the cache."""
         return 0
 
-    def write_prefix(self, slot: int, prefix: Prefix) -> None:
+    def write_prefix(self, slot: int, prefix: KeysValues) -> None:
         """Put a prefix at the slot's first positions."""
         end = prefix.prefix_length
         self.keys[:, slot, :, :end].copy_(prefix.keys)
@@ -102,6 +103,29 @@ class SlotCache(Cache):
         """Zero a slot that may hold NaN or infinities, which a later occupant would inherit."""
         self.keys[:, slot].zero_()
         self.values[:, slot].zero_()
+
+
+class CrossCache(SlotCache):
+    """The keys and values of encoders' outputs; once written, attention reads them from `layers`.
+
+    `select` a window whose `write_at` nobody uses to read what is there.
+    """
+
+    def select(self, window: Window) -> None:
+        super().select(window)
+        layers: list[Any] = [  # all that is asked of a layer is its keys and values
+            _CrossLayer(*(memory[window.rows, :, : window.length] for memory in memories))
+            for memories in zip(self.keys, self.values, strict=True)
+        ]
+        self.layers = layers
+
+
+@dataclass(frozen=True, slots=True)
+class _CrossLayer:
+    """What a layer's attention to the encoder reads: `[batch, num_kv_heads, length, head_dim]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Self
 
 from prefix_store.base_model import BaseModelSpec
-from prefix_store.errors import ModelLoadError
+from prefix_store.errors import IncompatiblePrefixError, ModelLoadError
+from prefix_store.groups import Group
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from prefix_store.soft_prompt import SoftPrompt
 from server.engine.core import EngineCore, Event
 from server.engine.device_copy import DeviceCopier
+from server.engine.encoder_decoder import EncoderDecoderRunner
 from server.engine.packed_runner import packed_runner
 from server.engine.prefill import Prefill
 from server.engine.protocol import (
@@ -108,6 +111,7 @@ class NativeEngine:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[str, _EventStream] = {}
         self._prefixes: dict[str, Prefix] = {}
+        self._decoder_ids = decoder_ids(loaded)
         self._copier = DeviceCopier(loaded.model.device, loaded.model.dtype)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -148,7 +152,7 @@ class NativeEngine:
         stream = _EventStream(self, request.request_id)
         self._streams[request.request_id] = stream
         self._idle.clear()
-        sequence = Sequence(request, prefix)
+        sequence = Sequence(request, prefix, self._decoder_ids or request.prompt_ids)
         self._commands.put(lambda core: core.add(sequence))
         return stream
 
@@ -158,11 +162,23 @@ class NativeEngine:
             self._commands.put(lambda core: core.cancel(request_id))
             self._settle()
 
-    def prefix_bytes(self, prefix_length: int) -> int:
+    def room(self, prompt_tokens: int, prefix_length: int) -> int:
+        """See `Engine.room`."""
+        encoder = self.spec.encoder
+        if encoder is None:
+            return self.max_length - prefix_length - prompt_tokens
+        longest = min(encoder.max_positions, self._config.max_length - prefix_length)
+        if prompt_tokens > longest:
+            raise RequestTooLongError(
+                f"the input has {prompt_tokens} tokens; the encoder of {self.spec.name!r} reads at "
+                f"most {longest} here. Shorten the input or set truncate."
+            )
+        return self.max_length - prefix_length - len(self._decoder_ids)
+
+    def prefix_bytes(self, prefix_length: int, groups: Collection[Group]) -> int:
         """See `Engine.prefix_bytes`."""
-        spec = self.spec
-        numbers = 2 * spec.num_layers * spec.num_kv_heads * prefix_length * spec.head_dim
-        return numbers * self._loaded.model.dtype.itemsize
+        numbers = sum(math.prod(self.spec.shape(group, prefix_length)) for group in groups)
+        return 2 * numbers * self._loaded.model.dtype.itemsize
 
     def prepare_prefix(self, prefix: Prefix) -> Prefix:
         """See `Engine.prepare_prefix`."""
@@ -170,10 +186,10 @@ class NativeEngine:
 
     async def load_prefix(self, version: str, prefix: Prefix) -> None:
         """See `Engine.load_prefix`."""
-        spec = self.spec
-        shape = (spec.num_layers, spec.num_kv_heads, prefix.prefix_length, spec.head_dim)
-        if prefix.keys.shape != shape or prefix.values.shape != shape:
-            raise ValueError(f"a prefix for {spec.name} is {shape}, not {prefix.keys.shape}")
+        for group, keys_values in prefix.groups.items():
+            shape, found = self.spec.shape(group, prefix.prefix_length), keys_values.keys.shape
+            if group not in self.spec.groups or found != shape:
+                raise ValueError(f"a prefix for {self.spec.name}'s {group} is {shape}, not {found}")
         self._prefixes[version] = await self._copier.copy(prefix)
 
     def drop_prefix(self, version: str) -> None:
@@ -182,6 +198,11 @@ class NativeEngine:
 
     async def compute_prefix(self, prompt: tuple[int, ...] | SoftPrompt) -> Prefix:
         """See `Engine.compute_prefix`: a chunk between two steps, so that no request waits long."""
+        if self.spec.encoder is not None:
+            raise IncompatiblePrefixError(
+                f"{self.spec.name!r} has an encoder, and what it makes of a text is no prefix: a "
+                "text or a soft prompt can be a task of decoder-only models. Train a prefix."
+            )
         prefill = Prefill(self._loaded, prompt)
         if not 1 <= prefill.length < self.max_length:
             raise RequestTooLongError(
@@ -238,7 +259,7 @@ class NativeEngine:
         prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
         if prompt < 1 or new < 1:
             raise ValueError(f"a request needs a prompt and a token to generate, not {request}")
-        if prefix_length + prompt + new > self.max_length:
+        if new > self.room(prompt, prefix_length):
             raise RequestTooLongError(
                 f"{prefix_length} prefix + {prompt} prompt + {new} new tokens are more than the "
                 f"{self.max_length} that fit; shorten the input or max_new_tokens"
@@ -329,13 +350,17 @@ def choose_runner(
     Raises:
         ModelLoadError: `int8` and only the general runner can serve it, or no runner can.
     """
-    packed = packed_runner(loaded, max_slots, max_length, int8=int8)
+    packed = None
+    if loaded.spec.encoder is None:
+        packed = packed_runner(loaded, max_slots, max_length, int8=int8)
     if packed is None and int8:
         raise ModelLoadError(
             f"{loaded.spec.name} cannot run with int8 weights here: that needs a model built like "
             f"Llama, on a CPU (it is on {loaded.model.device}), with the kernels compiled; start "
             "without --quantize"
         )
+    if loaded.spec.encoder is not None:
+        return EncoderDecoderRunner(loaded, max_slots, max_length)
     return packed or transformers_runner(loaded, max_slots, max_length, cuda_graphs=cuda_graphs)
 
 
@@ -346,3 +371,21 @@ def eos_token_ids(loaded: LoadedModel) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def decoder_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """What every text of an encoder-decoder model starts from; nothing for other models.
+
+    Raises:
+        ModelLoadError: its config does not say.
+    """
+    if loaded.spec.encoder is None:
+        return ()
+    for config in (loaded.model.generation_config, loaded.model.config):
+        start: int | None = getattr(config, "decoder_start_token_id", None)
+        if start is not None:
+            return (start,)
+    raise ModelLoadError(
+        f"the config of {loaded.spec.name!r} has no decoder_start_token_id, the token that every "
+        "text starts from; set it in generation_config.json"
+    )

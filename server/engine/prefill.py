@@ -53,7 +53,7 @@ class Prefill:
         """
         spec = self._loaded.spec
         layers: list[Any] = self._cache.layers  # its type has those without keys too
-        return Prefix(
+        return Prefix.of(
             torch.cat([layer.keys for layer in layers]),
             torch.cat([layer.values for layer in layers]),
             method=self._method,

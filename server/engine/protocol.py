@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, Protocol
 
 from prefix_store.base_model import BaseModelSpec
+from prefix_store.groups import Group
 from prefix_store.prefix import Prefix
 from prefix_store.soft_prompt import SoftPrompt
 
@@ -187,7 +188,8 @@ class Engine(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Most positions one sequence may take: prefix + prompt + generated."""
+        """Most positions one sequence may take: prefix + prompt + generated; with an encoder,
+        prefix + prompt there and prefix + generated in the decoder."""
 
     @property
     def is_alive(self) -> bool:
@@ -204,8 +206,15 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """Stop a request and free its slot within one step; unknown ids are ignored."""
 
-    def prefix_bytes(self, prefix_length: int) -> int:
-        """Memory that a prefix of so many positions takes once loaded."""
+    def room(self, prompt_tokens: int, prefix_length: int) -> int:
+        """Most tokens that can be generated from such a prompt; 0 or less where none can.
+
+        Raises:
+            RequestTooLongError: an encoder cannot read a prompt of this length.
+        """
+
+    def prefix_bytes(self, prefix_length: int, groups: Collection[Group]) -> int:
+        """Memory that a prefix of so many positions in each group takes once loaded."""
 
     def prepare_prefix(self, prefix: Prefix) -> Prefix:
         """The prefix in host memory as `load_prefix` copies it fastest; on any thread."""
@@ -222,6 +231,7 @@ class Engine(Protocol):
 
         Raises:
             RequestTooLongError: no room for text is left beside it.
+            IncompatiblePrefixError: the model has an encoder, which leaves nothing behind.
             InvalidPrefixError: the keys or values are not finite.
             EngineFailedError
         """

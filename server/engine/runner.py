@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from prefix_store.errors import ModelLoadError
+from prefix_store.groups import DECODER
 from prefix_store.model_loading import LoadedModel
 from server.engine.cuda_graphs import CudaGraphs
 from server.engine.kv_cache import SlotCache, Window
@@ -70,7 +71,7 @@ class TransformersRunner:
     def start(self, sequence: Sequence) -> None:
         """See `Runner.start`: the prefix is copied into the slot."""
         if sequence.prefix is not None:
-            self._cache.write_prefix(sequence.slot, sequence.prefix)
+            self._cache.write_prefix(sequence.slot, sequence.prefix.groups[DECODER])
 
     def move(self, move: SlotMove) -> None:
         """See `Runner.move`."""

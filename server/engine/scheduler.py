@@ -26,6 +26,16 @@ class Span:
         return self.start + len(self.token_ids)
 
     @property
+    def source_ids(self) -> tuple[int, ...]:
+        """What the encoder must read before it; nothing after the first."""
+        return () if self.start > self.sequence.prefix_length else self.sequence.source_ids
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it takes to compute, the encoder's too."""
+        return len(self.token_ids) + len(self.source_ids)
+
+    @property
     def completes_prompt(self) -> bool:
         """True when the sequence's next token can be chosen after this span."""
         return self.end >= self.sequence.prompt_end
@@ -78,7 +88,8 @@ class Scheduler:
         """The next step: one token of every decoding sequence, then prompt chunks.
 
         At most `prefill_tokens` of the latter, earliest arrivals first: the bound keeps a long
-        prompt from stalling the sequences that are decoding.
+        prompt from stalling the sequences that are decoding. A source, which an encoder can only
+        read whole, may be over it.
         """
         spans = [
             Span(sequence, sequence.length, (sequence.output_ids[-1],))
@@ -88,11 +99,13 @@ class Scheduler:
         budget = self.prefill_tokens
         prefilling = (sequence for sequence in self.running if not sequence.output_ids)
         for sequence in sorted(prefilling, key=lambda s: s.arrived_at):
-            if budget == 0:
+            if budget <= 0:
                 break
-            token_ids = sequence.uncomputed_prompt[:budget]
-            spans.append(Span(sequence, sequence.length, token_ids))
-            budget -= len(token_ids)
+            span = Span(sequence, sequence.length, sequence.uncomputed_prompt[:budget])
+            if span.source_ids and span.num_tokens > budget < self.prefill_tokens:
+                break
+            spans.append(span)
+            budget -= span.num_tokens
         return spans
 
     def remove(self, sequence: Sequence) -> SlotMove | None:

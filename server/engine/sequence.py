@@ -6,6 +6,7 @@ import random
 import time
 from dataclasses import dataclass, field
 
+from prefix_store.groups import DECODER, Group
 from prefix_store.prefix import Prefix
 from server.engine.protocol import GenerationRequest
 
@@ -19,6 +20,8 @@ class Sequence:
     Attributes:
         request: what was asked.
         prefix: already on the model's device, or None for the bare base model.
+        prompt_ids: what the decoder begins with: the request's prompt, or of an encoder-decoder
+            model the one token that every text starts from, its prompt being the encoder's.
         slot: its row of the KV memory, or NO_SLOT while it waits.
         length: positions of the slot that are filled: the prefix, then the tokens computed so far.
         output_ids: tokens generated so far; the last one is not in the slot yet.
@@ -26,6 +29,7 @@ class Sequence:
 
     request: GenerationRequest
     prefix: Prefix | None
+    prompt_ids: tuple[int, ...] = ()
     slot: int = NO_SLOT
     length: int = 0
     output_ids: list[int] = field(default_factory=list)
@@ -34,19 +38,29 @@ class Sequence:
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
+        self.prompt_ids = self.prompt_ids or self.request.prompt_ids
         self.rng = random.Random(self.request.sampling.seed)  # noqa: S311 - not for secrets
 
     @property
     def prefix_length(self) -> int:
-        """Positions taken by the prefix."""
-        return 0 if self.prefix is None else self.prefix.prefix_length
+        """Positions of its slot taken by the prefix."""
+        return self.prefix_length_in(DECODER)
+
+    def prefix_length_in(self, group: Group) -> int:
+        """Positions taken by the prefix in one group."""
+        return 0 if self.prefix is None else self.prefix.length_in(group)
+
+    @property
+    def source_ids(self) -> tuple[int, ...]:
+        """What the encoder reads; nothing where there is none."""
+        return () if self.prompt_ids is self.request.prompt_ids else self.request.prompt_ids
 
     @property
     def uncomputed_prompt(self) -> tuple[int, ...]:
         """Prompt tokens that have not been prefilled yet."""
-        return self.request.prompt_ids[max(0, self.length - self.prefix_length) :]
+        return self.prompt_ids[max(0, self.length - self.prefix_length) :]
 
     @property
     def prompt_end(self) -> int:
         """One past the position of the prompt's last token."""
-        return self.prefix_length + len(self.request.prompt_ids)
+        return self.prefix_length + len(self.prompt_ids)

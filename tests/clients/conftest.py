@@ -52,7 +52,7 @@ def prefix() -> Prefix:
     shape = (LAYERS, HEADS, 4, HEAD_DIM)
     generator = torch.Generator().manual_seed(3)
     keys, values = (2 * torch.randn(shape, generator=generator) for _ in range(2))
-    return Prefix(keys, values, method="prefix-tuning", template="{source}!")
+    return Prefix.of(keys, values, method="prefix-tuning", template="{source}!")
 
 
 @pytest.fixture(scope="session")

@@ -206,7 +206,7 @@ def test_errors_say_what_the_server_says(
         real_client.generate(INPUT, temperature=-1)
     with pytest.raises(clients.InvalidRequestError, match="inputs"):
         real_client.generate([])
-    too_deep = Prefix(prefix.keys.repeat(2, 1, 1, 1), prefix.values.repeat(2, 1, 1, 1), "x")
+    too_deep = Prefix.of(prefix.keys.repeat(2, 1, 1, 1), prefix.values.repeat(2, 1, 1, 1), "x")
     with pytest.raises(clients.InvalidRequestError, match="keys") as caught:
         real_client.upload(name, too_deep)
     assert caught.value.error_type == "invalid_prefix"

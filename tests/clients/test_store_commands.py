@@ -32,7 +32,7 @@ Damage = Callable[[Redis], Awaitable[object]]
 def an_artefact(seed: int, layers: int = LAYERS, **fields: Any) -> Artefact:
     shape = (layers, HEADS, 4, HEAD_DIM)
     keys, values = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
-    return Artefact.of(Prefix(keys, values, method="prefix-tuning", **fields))
+    return Artefact.of(Prefix.of(keys, values, method="prefix-tuning", **fields))
 
 
 A, B, C = (an_artefact(seed, template=f"{seed} {{source}}") for seed in range(3))

@@ -48,7 +48,7 @@ def tasks(smollm2: LoadedModel) -> dict[str | None, Task]:
     text_ids = smollm2.tokenizer(TEXT_PROMPT, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         past = smollm2.model(text_ids, use_cache=True).past_key_values
-    text = Prefix(
+    text = Prefix.of(
         torch.cat([layer.keys for layer in past.layers]),
         torch.cat([layer.values for layer in past.layers]),
         method="text",
@@ -84,7 +84,7 @@ def _artefact(task: Task) -> bytes:
     assert task.prefix is not None
     template = "" if task.template == "{source}" else task.template
     prefix = task.prefix
-    return Prefix(prefix.keys, prefix.values, prefix.method, template=template).to_bytes()
+    return Prefix.of(prefix.keys, prefix.values, prefix.method, template=template).to_bytes()
 
 
 async def _generate(client: httpx.AsyncClient, body: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ def random_prefix(loaded: LoadedModel, length: int, seed: int) -> Prefix:
     generator = torch.Generator().manual_seed(seed)
     shape = (spec.num_layers, spec.num_kv_heads, length, spec.head_dim)
     keys = torch.randn(shape, generator=generator)
-    return Prefix(keys, torch.randn(shape, generator=generator), method="random")
+    return Prefix.of(keys, torch.randn(shape, generator=generator), method="random")
 
 
 def as_cache(prefix: Prefix) -> DynamicCache:

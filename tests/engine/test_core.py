@@ -329,7 +329,7 @@ def test_a_poisoned_prefix_fails_its_own_request_only(
     huge = torch.full((spec.num_layers, spec.num_kv_heads, 4, spec.head_dim), 3e38)
     poison = Sequence(
         GenerationRequest("bad", (6, 7, 8), SamplingParams(max_new_tokens=4)),
-        Prefix(huge, huge, method="poison"),
+        Prefix.of(huge, huge, method="poison"),
     )
     neighbour = Plan(0, (9, 10), 8)
     core.add(neighbour.sequence(tiny_llama, 0))

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 def a_prefix(dtype: torch.dtype, scale: float = 1.0) -> Prefix:
     keys = scale * torch.randn(2, 3, 5, 4)
-    return Prefix(keys.to(dtype), keys.to(dtype), method="test", template="{source}")
+    return Prefix.of(keys.to(dtype), keys.to(dtype), method="test", template="{source}")
 
 
 async def test_a_prefix_arrives_in_the_models_dtype() -> None:

@@ -76,7 +76,7 @@ async def test_tokens_of_a_loaded_prefix(tiny_llama: LoadedModel) -> None:
 
 async def test_a_prefix_may_lie_in_memory_in_any_order(tiny_llama: LoadedModel) -> None:
     prefix = random_prefix(tiny_llama, 5, seed=1)
-    turned = Prefix(*(t.mT.contiguous().mT for t in (prefix.keys, prefix.values)), method="turned")
+    turned = prefix.mapped(lambda tensor: tensor.mT.contiguous().mT)
     async with running(tiny_llama) as engine:
         await engine.load_prefix("v1", turned)
         found = await tokens(engine.submit(request("a", version="v1")))
@@ -273,7 +273,7 @@ async def test_a_prefix_of_another_shape_never_reaches_the_model(tiny_llama: Loa
     wrong = torch.ones(spec.num_layers, spec.num_kv_heads + 1, 4, spec.head_dim)
     async with running(tiny_llama) as engine:
         with pytest.raises(ValueError, match=r"\(2, 2, 4, 16\)"):
-            await engine.load_prefix("bad", Prefix(wrong, wrong, "unchecked"))
+            await engine.load_prefix("bad", Prefix.of(wrong, wrong, "unchecked"))
 
 
 async def test_steps_are_reported(tiny_llama: LoadedModel) -> None:

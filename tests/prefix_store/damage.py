@@ -6,8 +6,8 @@ import json
 import struct
 from typing import Any
 
-from prefix_store.prefix import KEYS, VALUES
 from prefix_store.tensor_file import MAX_HEADER_BYTES
+from tests.prefix_store.examples import KEYS, VALUES
 
 
 def with_header(header: bytes, numbers: bytes) -> bytes:

@@ -10,8 +10,10 @@ from safetensors.torch import save
 
 from prefix_store.artefact import Artefact
 from prefix_store.base_model import BaseModelSpec
-from prefix_store.prefix import FORMAT, KEYS, METADATA_KEY, VALUES, Prefix
+from prefix_store.groups import DECODER, group_tensors
+from prefix_store.prefix import FORMAT, METADATA_KEY, Prefix
 
+KEYS, VALUES = group_tensors(DECODER)
 LAYERS, HEADS, LENGTH, HEAD_DIM, EMBEDDING = 2, 3, 5, 4, 24
 SHAPE = (LAYERS, HEADS, LENGTH, HEAD_DIM)
 SPEC = BaseModelSpec(
@@ -30,7 +32,7 @@ def a_prefix(seed: int = 0, **fields: Any) -> Prefix:
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(fields.pop("shape", SHAPE), generator=generator)
     values = torch.randn(keys.shape, generator=generator)
-    return Prefix(**({"keys": keys, "values": values, "method": "test"} | fields))
+    return Prefix.of(**({"keys": keys, "values": values, "method": "test"} | fields))
 
 
 def an_artefact(seed: int = 0, **fields: Any) -> Artefact:

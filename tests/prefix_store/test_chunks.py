@@ -35,7 +35,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A large artefact on disk."""
     path = tmp_path_factory.mktemp("large") / "prefix.safetensors"
     shape = (LAYERS, HEADS, POSITIONS, HEAD_DIM)
-    path.write_bytes(Prefix(torch.randn(shape), torch.randn(shape), "test").to_bytes())
+    path.write_bytes(Prefix.of(torch.randn(shape), torch.randn(shape), "test").to_bytes())
     return path
 
 

@@ -16,18 +16,16 @@ import torch
 from hypothesis import given
 
 from prefix_store.errors import InvalidPrefixError
+from prefix_store.groups import DTYPES
 from prefix_store.prefix import (
-    DTYPES,
-    KEYS,
     MAX_TEMPLATE_CHARS,
     MAX_TRAINING_CHARS,
     METADATA_KEY,
-    VALUES,
     Prefix,
     version_of,
 )
 from tests.prefix_store.damage import damaged, with_header
-from tests.prefix_store.examples import SHAPE, a_prefix, artefact
+from tests.prefix_store.examples import KEYS, SHAPE, VALUES, a_prefix, artefact
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 names = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)

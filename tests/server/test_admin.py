@@ -101,7 +101,7 @@ def test_a_template_goes_around_every_input(
     server: LiveServer, prefixes: dict[str, Prefix], task_id: str
 ) -> None:
     plain = prefixes["middle"]
-    server.upload(task_id, Prefix(plain.keys, plain.values, "x", template="In: {source}\nOut:"))
+    server.upload(task_id, Prefix.of(plain.keys, plain.values, "x", template="In: {source}\nOut:"))
     found = server.generate("a {source} b", task_id, max_new_tokens=6)
     expected = server.generate("In: a {source} b\nOut:", "middle", max_new_tokens=6)
     assert found["generated_text"] == expected["generated_text"]

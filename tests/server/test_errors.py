@@ -234,8 +234,8 @@ def test_a_large_upload_is_413_and_stores_nothing(small: LiveServer, endless: Lo
 
 
 def _with(prefix: Prefix, **fields: Any) -> bytes:
-    values = {name: getattr(prefix, name) for name in ("keys", "values", "method")}
-    return Prefix(**(values | fields)).to_bytes()
+    values = {"keys": prefix.keys, "values": prefix.values, "method": prefix.method}
+    return Prefix.of(**(values | fields)).to_bytes()
 
 
 def _broken(prefix: Prefix, number: float) -> bytes:

@@ -17,6 +17,7 @@ from httpx_sse import connect_sse
 from prefix_store.artefact import Artefact
 from prefix_store.embedded import EmbeddedValkey
 from prefix_store.errors import CorruptArtefactError
+from prefix_store.groups import DECODER
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from prefix_store.redis_store import RedisPrefixStore
@@ -41,7 +42,7 @@ class World:
         engine: NativeEngine,
         host_prefixes: int,
     ) -> None:
-        one = engine.prefix_bytes(4)
+        one = engine.prefix_bytes(4, (DECODER,))
         self.valkey, self.store, self.engine = valkey, store, engine
         self.metrics = Metrics()
         self.prefixes = ResidentPrefixes(

@@ -214,7 +214,7 @@ def test_another_models_prefix_is_no_start(
     load_tiny: Load, tiny_llama: LoadedModel, rows: Sequence[Row], tmp_path: Path
 ) -> None:
     shape = (2, 2, 3, 4)
-    foreign = Prefix(torch.zeros(shape), torch.zeros(shape), method="prefix-tuning")
+    foreign = Prefix.of(torch.zeros(shape), torch.zeros(shape), method="prefix-tuning")
     settings = TrainSettings(**QUICK, init="task:other")
     with pytest.raises(IncompatiblePrefixError, match="numbers per head"):
         train(settings, load_tiny(), rows, tmp_path / "run", start=foreign)
