@@ -109,9 +109,7 @@ def main() -> None:
         Row(row.source, tuple(map(detokenise, row.references)))
         for row in read_rows(DATA / "e2e" / "dev.jsonl")[: 3 if options.smoke else None]
     ]
-    encoded = encode_rows(
-        rows, loaded.tokenizer, prefix.template, MAX_LENGTH, every_reference=False
-    ).examples
+    encoded = encode_rows(rows, loaded, prefix.template, MAX_LENGTH, every_reference=False).examples
     examples = [
         Example(row, ids.prompt_ids, ids.target_ids) for row, ids in zip(rows, encoded, strict=True)
     ]

@@ -64,7 +64,7 @@ def work(trainer_name: str, steps: int) -> dict[str, float]:
     loaded, clock = load_model(), Clock()
     settings = TrainSettings(prefix_length=PREFIX_LENGTH, max_steps=steps, init="random")
     rows = read_rows(DATA / "e2e" / "train.jsonl")
-    examples = encode_rows(rows, loaded.tokenizer, settings.template, loaded.spec.max_positions)
+    examples = encode_rows(rows, loaded, settings.template, loaded.spec.max_positions)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         if trainer_name == "peft":

@@ -78,7 +78,7 @@ def prefix_attention(
         position_bias: added too, `[1, num_heads, queries, keys]`.
     """
     if prefixes is not None:
-        group, layer = getattr(module, _PLACE)
+        group, layer = place_of(module)
         if group == DECODER and prefixes.decoder_bias is not None:
             position_bias = prefixes.decoder_bias
         rows = prefixes.groups.get(group)
@@ -133,8 +133,20 @@ def use_prefix_attention(model: PreTrainedModel, spec: BaseModelSpec) -> None:
             )
         for layer, module in enumerate(modules):
             setattr(module, _PLACE, (group, layer))
-    for part in (model, parts.get_encoder(), parts.get_decoder()):
-        part.set_attn_implementation(ATTENTION)  # T5's halves have configs of their own
+    set_attention(model, ATTENTION)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Have every part of an encoder-decoder model attend by the registered function `name`."""
+    parts: Any = model
+    for part in (parts, parts.get_encoder(), parts.get_decoder()):
+        part.set_attn_implementation(name)  # T5's halves have configs of their own
+
+
+def place_of(module: nn.Module) -> _Place:
+    """The group and the layer of an attention of a model that uses `prefix_attention`."""
+    place: _Place = getattr(module, _PLACE)
+    return place
 
 
 def _group_of(module: nn.Module) -> Group:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,17 +121,19 @@ TINY_ENCODER_DECODERS: dict[str, PreTrainedConfig] = {
 }
 
 
-def tiny_encoder_decoder(shape: str) -> LoadedModel:
+def tiny_encoder_decoder(shape: str, tokenizer: Any = None) -> LoadedModel:
     """A random float32 encoder-decoder with logits spread enough for greedy decoding to vary."""
     torch.manual_seed(7)
-    config = TINY_ENCODER_DECODERS[shape]
+    config = copy.deepcopy(TINY_ENCODER_DECODERS[shape])
+    if tokenizer is not None:
+        config.vocab_size = len(tokenizer)
     model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for bias in (p for name, p in model.named_parameters() if "relative_attention" in name):
             bias.normal_()
     spec = BaseModelSpec.from_model(model, f"tiny-{shape}")
     use_prefix_attention(model, spec)
-    return LoadedModel(model, tokenizer=None, spec=spec)
+    return LoadedModel(model, tokenizer, spec)
 
 
 @pytest.fixture(scope="session", params=sorted(TINY_ENCODER_DECODERS))

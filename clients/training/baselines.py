@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from clients._errors import MissingExtraError, TrainingError
 from clients.training.bottleneck import add_bottlenecks
+from clients.training.encoder_decoder import EncoderDecoderModel
 from clients.training.settings import TrainSettings
 from clients.training.task_model import TaskModel
 from prefix_store.model_loading import LoadedModel
@@ -31,9 +32,15 @@ def build_baseline(settings: TrainSettings, loaded: LoadedModel, ids: Sequence[i
         MissingExtraError: PEFT is needed and not installed.
         TrainingError: the model is not made for the method.
     """
-    model = loaded.model
+    model, has_encoder = loaded.model, loaded.spec.encoder is not None
     if settings.method == "finetune":
-        return TaskModel(model.requires_grad_(True))
+        trained = EncoderDecoderModel if has_encoder else TaskModel
+        return trained(model.requires_grad_(True))
+    if has_encoder:
+        raise TrainingError(
+            f"{loaded.spec.name!r} has an encoder, and {settings.method} is for decoder-only "
+            "models; expected prefix, direct or finetune"
+        )
     if settings.method == "adapter":
         return AdapterModel(model)
     if settings.method == "lora":

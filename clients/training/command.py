@@ -58,6 +58,13 @@ def train_command(  # noqa: PLR0917 - the command line gives them by name
     ] = _DEFAULTS.method,
     prefix_length: Annotated[int, Option(help="Vectors.")] = _DEFAULTS.prefix_length,
     init: Init = _DEFAULTS.init,
+    where: Annotated[
+        str | None,
+        Option(
+            help="With an encoder, what gets a prefix: encoder, decoder, cross, by commas.",
+            show_default="all",
+        ),
+    ] = None,
     freeze_first: Annotated[
         bool, Option("--freeze-first", help="Keep the first vector of `direct` as it starts.")
     ] = False,

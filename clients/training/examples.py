@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from clients._errors import TrainingError
 from clients.data import Row
+from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import SOURCE
 
 IGNORED = -100
@@ -22,7 +23,10 @@ _BATCHES_PER_GROUP = 50
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training sequence: the prompt's token ids, then the target's, ending in eos."""
+    """One training sequence: the prompt's token ids, then the target's, ending in eos.
+
+    With an encoder, the prompt is what that reads.
+    """
 
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
@@ -46,7 +50,7 @@ class Examples(Dataset[Example]):
 
 def encode_rows(
     rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     template: str,
     longest: int,
     *,
@@ -55,35 +59,41 @@ def encode_rows(
     """Examples of prompt and target, tokenized apart, as a server gets the prompt.
 
     Args:
-        longest: most tokens of prompt and target together.
+        longest: most tokens of prompt and target together; of each, with an encoder.
         every_reference: an example for each reference of a row, or for its first alone.
 
     Raises:
         TrainingError: a row has no prompt, or is too long; says which.
     """
-    examples = []
+    examples, tokenizer = [], loaded.tokenizer
+    has_encoder = loaded.spec.encoder is not None
     for number, row in enumerate(rows, 1):
         text = template.replace(SOURCE, row.source) if template else row.source
         prompt = tokenizer.encode(text)
         for reference in row.references if every_reference else row.references[:1]:
-            target = tokenizer.encode(reference, add_special_tokens=False)
-            example = Example(tuple(prompt), (*target, tokenizer.eos_token_id))
-            _check(number, example, longest)
+            # A decoder of its own begins a text as its tokenizer does.
+            target = tokenizer.encode(reference, add_special_tokens=has_encoder)
+            if target[-1:] != [tokenizer.eos_token_id]:
+                target.append(tokenizer.eos_token_id)
+            example = Example(tuple(prompt), tuple(target))
+            _check(number, example, longest, has_encoder=has_encoder)
             examples.append(example)
     return Examples(examples)
 
 
-def _check(number: int, example: Example, longest: int) -> None:
+def _check(number: int, example: Example, longest: int, *, has_encoder: bool) -> None:
     if not example.prompt_ids:
         raise TrainingError(
             f"row {number} has an empty prompt; expected a token at least. Put some text around "
             f"{SOURCE} in the template."
         )
-    if len(example) > longest:
+    of_each = max(len(example.prompt_ids), len(example.target_ids))
+    if (of_each if has_encoder else len(example)) > longest:
         raise TrainingError(
             f"row {number} has {len(example)} tokens ({len(example.prompt_ids)} of the prompt and "
             f"{len(example.target_ids)} of the target); the model has positions for {longest} "
-            "beside the prefix. Shorten the row or leave it out."
+            f"{'of each ' if has_encoder else ''}beside the prefix. Shorten the row or leave it "
+            "out."
         )
 
 
@@ -100,6 +110,22 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
         input_ids[row, :end] = torch.tensor(example.prompt_ids + example.target_ids)
         labels[row, start:end] = input_ids[row, start:end]
     return {"input_ids": input_ids, "labels": labels}
+
+
+def collate_pairs(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch for a model with an encoder, padded on the right.
+
+    Its sources are `input_ids` and `attention_mask`, 1 where a token is; its targets `labels`; all
+    int64 `[rows, tokens]`.
+    """
+    prompts = [torch.tensor(example.prompt_ids) for example in examples]
+    targets = [torch.tensor(example.target_ids) for example in examples]
+    present = [torch.ones_like(prompt) for prompt in prompts]
+    return {
+        "input_ids": pad_sequence(prompts, batch_first=True),
+        "attention_mask": pad_sequence(present, batch_first=True),
+        "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+    }
 
 
 class LikeLengthSampler(Sampler[int]):

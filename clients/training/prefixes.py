@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_store.base_model import BaseModelSpec
+from clients.training.recorded import recorded_keys_values
+from prefix_store.groups import DECODER, Group
 
 _RANDOM_STD = 0.02  # transformers' initializer_range
 _BOTTLENECK = 512  # of the paper's table-to-text runs
@@ -61,21 +62,24 @@ class ReparametrisedPrefix(TrainedPrefix):
     instead fits the MLP to it beforehand.
     """
 
-    def __init__(self, initial: Tensor | None, embeddings: Tensor, spec: BaseModelSpec) -> None:
+    def __init__(
+        self, initial: Tensor | None, embeddings: Tensor, shape: tuple[int, int, int, int]
+    ) -> None:
         """
         Args:
             initial: keys and values to start from; None for those of an MLP as it is made.
             embeddings: what `P'` starts as, `[prefix_length, any size]`.
+            shape: of the keys, `[num_layers, num_kv_heads, prefix_length, head_dim]`.
         """
         super().__init__()
-        length, size = embeddings.shape
-        shape = (length, KEYS_AND_VALUES, spec.num_layers, spec.num_kv_heads, spec.head_dim)
-        self._shape = shape
+        size = embeddings.shape[1]
+        layers, heads, length, head_dim = shape
+        self._shape = (length, KEYS_AND_VALUES, layers, heads, head_dim)
         self.embeddings = nn.Parameter(embeddings.float().clone())
         self.inner = nn.Linear(size, _BOTTLENECK)
-        self.outer = nn.Linear(_BOTTLENECK, torch.Size(shape[1:]).numel())
+        self.outer = nn.Linear(_BOTTLENECK, torch.Size(self._shape[1:]).numel())
         if initial is None:
-            initial = torch.zeros(*shape[1:4], length, spec.head_dim)
+            initial = torch.zeros(KEYS_AND_VALUES, *shape)
         else:
             nn.init.zeros_(self.outer.weight)
             nn.init.zeros_(self.outer.bias)
@@ -92,13 +96,18 @@ class ReparametrisedPrefix(TrainedPrefix):
 
 
 @torch.no_grad()
-def text_keys_values(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
-    """Keys and values of a text, float32 `[2, num_layers, num_kv_heads, length, head_dim]`."""
+def text_keys_values(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[Group, Tensor]:
+    """Keys and values of a text, float32 `[2, num_layers, num_kv_heads, length, head_dim]`.
+
+    With an encoder they are those of the text as the source, and as the output.
+    """
     ids = torch.tensor([list(token_ids)], device=model.device)
+    if model.config.is_encoder_decoder:
+        return recorded_keys_values(model, ids)
     layers = model(input_ids=ids, use_cache=True).past_key_values.layers
     keys = torch.cat([layer.keys for layer in layers])
     values = torch.cat([layer.values for layer in layers])
-    return torch.stack([keys, values]).float()
+    return {DECODER: torch.stack([keys, values]).float()}
 
 
 def spread(keys_values: Tensor) -> Tensor:
@@ -106,7 +115,6 @@ def spread(keys_values: Tensor) -> Tensor:
     return keys_values.flatten(3).std(-1)[..., None, None]
 
 
-def random_keys_values(spec: BaseModelSpec, length: int) -> Tensor:
-    """Small random numbers, float32 `[2, num_layers, num_kv_heads, length, head_dim]`."""
-    shape = (KEYS_AND_VALUES, spec.num_layers, spec.num_kv_heads, length, spec.head_dim)
-    return torch.randn(shape) * _RANDOM_STD
+def random_keys_values(shape: tuple[int, int, int, int]) -> Tensor:
+    """Small random numbers, float32 `[2, *shape]`."""
+    return torch.randn(KEYS_AND_VALUES, *shape) * _RANDOM_STD

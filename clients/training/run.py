@@ -87,7 +87,7 @@ def train(
     console = console or Console(stderr=True)
     longest = _longest(settings, loaded)
     chosen = rows if settings.references is None else typical_rows(rows, settings.references)
-    examples = encode_rows(chosen, loaded.tokenizer, settings.template, longest)
+    examples = encode_rows(chosen, loaded, settings.template, longest)
     dev_examples = _dev_examples(settings, loaded, dev, longest)
     model = build(settings, loaded, chosen, start)
     if settings.checkpointing:
@@ -152,9 +152,7 @@ def _dev_examples(
         return None
     if settings.references is not None:
         rows = typical_rows(rows, 1)
-    examples = encode_rows(
-        rows, loaded.tokenizer, settings.template, longest, every_reference=False
-    )
+    examples = encode_rows(rows, loaded, settings.template, longest, every_reference=False)
     return Examples(sorted(examples.examples, key=len))
 
 
@@ -163,15 +161,17 @@ def fast_attention(loaded: LoadedModel, examples: Examples) -> Iterator[None]:
     """On a CPU and for short rows, plain products: torch's fused attention is slow backwards."""
     model, longest = loaded.model, max(map(len, examples.examples))
     before = model.config._attn_implementation
-    if model.device.type == "cpu" and longest <= _EAGER_TOKENS:
+    has_encoder = loaded.spec.encoder is not None  # and attention of its own
+    if not has_encoder and model.device.type == "cpu" and longest <= _EAGER_TOKENS:
         model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        if not has_encoder:
+            model.set_attn_implementation(before)
 
 
 def _stored_parameters(model: TaskModel, prefix: Prefix | None) -> int:
     if prefix is not None:
-        return prefix.keys.numel() + prefix.values.numel()
+        return sum(2 * group.keys.numel() for group in prefix.groups.values())
     return sum(tensor.numel() for tensor in model.state_dict().values())

@@ -13,8 +13,10 @@ import torch
 from clients._errors import TrainingError
 from clients.data import Row
 from clients.training.baselines import save_baseline
+from clients.training.encoder_decoder import EncoderDecoderPrefixModel
 from clients.training.settings import TrainSettings
 from clients.training.task_model import PrefixModel, TaskModel
+from prefix_store.groups import KeysValues
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 
@@ -71,19 +73,19 @@ def save_result(
     facts: Mapping[str, str],
 ) -> tuple[Path, Prefix | None]:
     """Write the prefix, or what a baseline trained; the file or folder, and the prefix if any."""
-    if not isinstance(model, PrefixModel):
+    if not isinstance(model, PrefixModel | EncoderDecoderPrefixModel):
         return save_baseline(model, settings, loaded, folder), None
     with torch.no_grad():
         # As it was used: in the dtype that the model computes in.
-        keys, values = model.prefix().to(loaded.model.dtype).cpu()
-    prefix = Prefix.of(
-        keys,
-        values,
+        found = {g: kv.to(loaded.model.dtype).cpu() for g, kv in model.keys_values().items()}
+    prefix = Prefix(
+        {group: KeysValues(keys, values, group) for group, (keys, values) in found.items()},
         method=_METHOD_NAMES[settings.method],
         base_model=loaded.spec.name,
         fingerprint=loaded.spec.fingerprint,
         template=settings.template,
         training=facts,
+        encoder_decoder=loaded.spec.encoder is not None,
     )
     path = folder / PREFIX_FILE
     partial = path.with_suffix(".partial")

@@ -6,8 +6,9 @@ import re
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from prefix_store.groups import Group
 from prefix_store.model_loading import default_dtype
 from prefix_store.prefix import check_template
 
@@ -41,6 +42,7 @@ class TrainSettings(BaseModel):
         init: where a prefix or soft prompt starts: `random`; `text:...`, that text's keys and
             values, repeated or cut to `prefix_length` tokens; `task:NAME`, a task's prefix; or
             empty, the first training rows as text.
+        where: of an encoder-decoder model, the attention that gets a prefix; None for all three.
         freeze_first: keep the first vector of `direct` as it starts, for attention that rests
             there (Cartridges, section 3).
         template: text around the source; the target follows it.
@@ -65,6 +67,7 @@ class TrainSettings(BaseModel):
     method: Method = "prefix"
     prefix_length: int = Field(default=16, ge=1)
     init: str = ""
+    where: tuple[Group, ...] | None = None
     freeze_first: bool = False
     template: str = "{source}\n"
     references: int | None = Field(default=None, ge=1)
@@ -80,6 +83,11 @@ class TrainSettings(BaseModel):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     checkpointing: bool = False
     seed: int = 1
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

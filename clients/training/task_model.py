@@ -15,6 +15,7 @@ from clients.training.examples import IGNORED
 from clients.training.prefix_cache import prefix_cache
 from clients.training.prefixes import TrainedPrefix
 from clients.training.target_losses import linear_head, target_losses
+from prefix_store.groups import DECODER, Group
 
 
 class TaskModel(nn.Module):
@@ -29,7 +30,7 @@ class TaskModel(nn.Module):
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
         self.base = base
-        self._head = linear_head(base)
+        self._head = None if base.config.is_encoder_decoder else linear_head(base)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
@@ -47,11 +48,7 @@ class TaskModel(nn.Module):
         expected = labels[:, 1:]
         is_target = expected != IGNORED
         losses = self._losses(input_ids, is_target, expected[is_target])
-        rows = is_target.nonzero()[:, 0]
-        counts = is_target.sum(-1)
-        sums = torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses.detach())
-        loss = losses.sum() / (num_items_in_batch or len(losses))
-        return {"loss": loss, "row_loss": sums, "row_targets": counts}
+        return summed(losses, is_target, num_items_in_batch)
 
     def _losses(self, input_ids: Tensor, is_target: Tensor, targets: Tensor) -> Tensor:
         inputs = self.inputs(input_ids)
@@ -103,12 +100,31 @@ class TaskModel(nn.Module):
         return nn.modules.module._IncompatibleKeys([], [])
 
 
+def summed(
+    losses: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None
+) -> dict[str, Tensor]:
+    """What `TaskModel.forward` returns, from the loss of each target.
+
+    Args:
+        losses: float32 `[targets]`.
+        is_target: bool `[rows, tokens]`, true at each.
+    """
+    rows = is_target.nonzero()[:, 0]
+    sums = torch.zeros(len(is_target), device=losses.device).index_add(0, rows, losses.detach())
+    loss = losses.sum() / (num_items_in_batch or len(losses))
+    return {"loss": loss, "row_loss": sums, "row_targets": is_target.sum(-1)}
+
+
 class PrefixModel(TaskModel):
     """A frozen model behind a prefix that is trained."""
 
     def __init__(self, base: PreTrainedModel, prefix: TrainedPrefix) -> None:
         super().__init__(base.requires_grad_(False))
         self.prefix = prefix
+
+    def keys_values(self) -> dict[Group, Tensor]:
+        """The prefix now, `[2, num_layers, num_kv_heads, prefix_length, head_dim]`."""
+        return {DECODER: self.prefix()}
 
     def inputs(self, input_ids: Tensor) -> dict[str, Any]:
         cache = prefix_cache(self.prefix(), len(input_ids), self.base.dtype)

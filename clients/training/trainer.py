@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from clients._errors import TrainingDivergedError
-from clients.training.examples import Examples, LikeLengthSampler, collate
+from clients.training.examples import Examples, LikeLengthSampler, collate, collate_pairs
 from clients.training.settings import TrainSettings
 from clients.training.task_model import TaskModel
 
@@ -62,7 +62,7 @@ class TaskTrainer(Trainer):
                 model.base.device,
                 dev is not None,
             ),
-            data_collator=collate,
+            data_collator=collate_pairs if model.base.config.is_encoder_decoder else collate,
             train_dataset=train,
             eval_dataset=dev,
             compute_metrics=_mean_over_targets,

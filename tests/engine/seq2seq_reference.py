@@ -54,6 +54,22 @@ def greedy(
     return output[1:], torch.stack(logits)
 
 
+@torch.inference_mode()
+def teacher_forced(
+    loaded: LoadedModel, prefix: Prefix, source_ids: tuple[int, ...], target_ids: list[int]
+) -> Tensor:
+    """Logits of each target token after those before it, `[target, vocab]`."""
+    model = loaded.model
+    labels = torch.tensor([target_ids])
+    with _prefixed(model, prefix.groups):
+        logits: Tensor = model(
+            input_ids=torch.tensor([source_ids]),
+            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
+        ).logits[0]
+    return logits
+
+
 @contextmanager
 def _prefixed(model: PreTrainedModel, groups: Mapping[Group, KeysValues]) -> Iterator[None]:
     """Within it, `model` attends by hand, the prefix in front, and counts positions behind it."""

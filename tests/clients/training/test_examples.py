@@ -22,31 +22,31 @@ ROWS = [Row("name : Cotto", ("Cotto is here.", "It is Cotto.")), Row("food : Tha
 
 def test_prompt_is_what_a_server_encodes_and_target_ends_in_eos(smollm2: LoadedModel) -> None:
     tokenizer = smollm2.tokenizer
-    examples = encode_rows(ROWS, tokenizer, "{source}\n", 100)
+    examples = encode_rows(ROWS, smollm2, "{source}\n", 100)
     assert len(examples) == 3
     assert list(examples[1].prompt_ids) == tokenizer.encode("name : Cotto\n")
     assert tokenizer.decode(list(examples[1].target_ids)) == "It is Cotto.<|im_end|>"
 
 
 def test_first_reference_alone(smollm2: LoadedModel) -> None:
-    examples = encode_rows(ROWS, smollm2.tokenizer, "", 100, every_reference=False)
+    examples = encode_rows(ROWS, smollm2, "", 100, every_reference=False)
     assert len(examples) == 2
 
 
 def test_template_may_be_empty(smollm2: LoadedModel) -> None:
-    [example, *_] = encode_rows(ROWS, smollm2.tokenizer, "", 100)
+    [example, *_] = encode_rows(ROWS, smollm2, "", 100)
     assert list(example.prompt_ids) == smollm2.tokenizer.encode("name : Cotto")
 
 
 def test_row_that_is_too_long_is_named(smollm2: LoadedModel) -> None:
     rows = [Row("a", ("b",)), Row("a " * 50, ("b",))]
     with pytest.raises(TrainingError, match=r"^row 2 has 5\d tokens .* positions for 20 beside"):
-        encode_rows(rows, smollm2.tokenizer, "{source}\n", 20)
+        encode_rows(rows, smollm2, "{source}\n", 20)
 
 
 def test_empty_prompt_is_refused(smollm2: LoadedModel) -> None:
     with pytest.raises(TrainingError, match="row 1 has an empty prompt"):
-        encode_rows([Row("", ("b",))], smollm2.tokenizer, "{source}", 20)
+        encode_rows([Row("", ("b",))], smollm2, "{source}", 20)
 
 
 def test_batch_is_padded_on_the_right_and_labelled_on_targets_alone() -> None:

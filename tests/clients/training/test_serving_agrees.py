@@ -28,7 +28,7 @@ ROWS = [
 def engine_loss(loaded: LoadedModel, prefix: Prefix, rows: list[Row]) -> float:
     """Mean cross-entropy of the targets' tokens, which the engine gets one by one."""
     runner = choose_runner(loaded, len(rows), 128)
-    examples = encode_rows(rows, loaded.tokenizer, prefix.template, 100).examples
+    examples = encode_rows(rows, loaded, prefix.template, 100).examples
     losses: list[float] = []
     for slot, example in enumerate(examples):
         request = GenerationRequest(str(slot), example.prompt_ids, SamplingParams(1))

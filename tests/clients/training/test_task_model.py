@@ -22,6 +22,7 @@ from clients.training.prefixes import (
 from clients.training.target_losses import linear_head, target_losses
 from clients.training.task_model import PrefixModel
 from prefix_store.base_model import BaseModelSpec
+from prefix_store.groups import DECODER
 from prefix_store.model_loading import LoadedModel
 from tests.conftest import tiny_model
 
@@ -32,11 +33,11 @@ METHODS = ["direct", "prefix"]
 
 def started(loaded: LoadedModel, method: str) -> TrainedPrefix:
     """A prefix that starts as a text."""
-    initial = text_keys_values(loaded.model, TEXT)
+    initial = text_keys_values(loaded.model, TEXT)[DECODER]
     if method == "direct":
         return DirectPrefix(initial, spread(initial))
     embeddings = torch.randn(len(TEXT), loaded.spec.embedding_size)
-    return ReparametrisedPrefix(initial, embeddings, loaded.spec)
+    return ReparametrisedPrefix(initial, embeddings, loaded.spec.shape(DECODER, len(embeddings)))
 
 
 def expected_loss(model: PreTrainedModel, example: Example) -> Tensor:
@@ -119,19 +120,19 @@ def test_model_that_cannot_checkpoint_behind_a_prefix_is_refused() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_starts_exactly_at_the_text(tiny_llama: LoadedModel, method: str) -> None:
     prefix = started(tiny_llama, method)
-    assert torch.equal(prefix(), text_keys_values(tiny_llama.model, TEXT))
+    assert torch.equal(prefix(), text_keys_values(tiny_llama.model, TEXT)[DECODER])
     assert prefix.prefix_length == len(TEXT)
 
 
 def test_random_reparametrised_prefix_is_not_zero(tiny_llama: LoadedModel) -> None:
     spec = tiny_llama.spec
-    prefix = ReparametrisedPrefix(None, torch.randn(6, 9), spec)()
+    prefix = ReparametrisedPrefix(None, torch.randn(6, 9), spec.shape(DECODER, 6))()
     assert prefix.shape == (2, spec.num_layers, spec.num_kv_heads, 6, spec.head_dim)
     assert prefix.std() > 0.01
 
 
 def test_first_vector_stays_where_it_is_frozen(tiny_llama: LoadedModel) -> None:
-    initial = random_keys_values(tiny_llama.spec, 4)
+    initial = random_keys_values(tiny_llama.spec.shape(DECODER, 4))
     model = PrefixModel(tiny_llama.model, DirectPrefix(initial, spread(initial), freeze_first=True))
     optimizer = torch.optim.SGD(model.prefix.parameters(), lr=100.0)
     model(**collate(BATCH))["loss"].backward()
@@ -142,7 +143,7 @@ def test_first_vector_stays_where_it_is_frozen(tiny_llama: LoadedModel) -> None:
 
 
 def test_state_is_what_is_trained_and_fits_nothing_else(tiny_llama: LoadedModel) -> None:
-    initial = random_keys_values(tiny_llama.spec, 5)
+    initial = random_keys_values(tiny_llama.spec.shape(DECODER, 5))
     model, longer = (
         PrefixModel(tiny_llama.model, DirectPrefix(start, spread(start)))
         for start in (initial[..., :4, :], initial)
