@@ -36,7 +36,7 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
-# Shows that every benchmark runs, in a minute or two.
+# Shows that every benchmark runs, in a minute.
 bench-smoke: setup
 	$(BIN)/python -m benchmarks --smoke
 

@@ -154,7 +154,7 @@ async def measure(texts: list[str], prefix: Prefix, plan: Plan) -> dict[str, Any
     fresh = iter(range(plan.running, plan.tasks))
     async with task_server() as server:
         await server.register(prefix, range(plan.tasks))
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as clients:
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as clients:
             asked = [*islice(fresh, WARM_UP + plan.pairs)]
             cold, warm = clients.submit(first_tokens, server.url, texts[0], asked).result()
             gaps: dict[str, list[float]] = {"idle": [], "warm": [], "cold": []}

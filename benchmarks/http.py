@@ -223,7 +223,7 @@ def main() -> None:
 
     with (
         running_server() as server,
-        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as clients,
+        ProcessPoolExecutor(1, mp_context=get_context("fork")) as clients,
     ):
         for i, prefix in enumerate(prefixes):
             answer = httpx.put(
