@@ -34,6 +34,7 @@ from server.engine.packed_model import pack
 from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams
 from server.engine.runner import Runner
 from server.engine.sequence import Sequence
+from server.engine.special_tokens import SpecialTokens
 
 MAX_SLOTS, MAX_LENGTH = 64, 256
 
@@ -42,7 +43,7 @@ def decode_rate(
     runner: Runner, prompt_ids: list[tuple[int, ...]], prefixes: list[Prefix | None], new: int
 ) -> float:
     """Tokens per second of one batch from the first token of all to the last."""
-    core = EngineCore(runner, EngineConfig(max_slots=MAX_SLOTS), eos_token_ids=frozenset())
+    core = EngineCore(runner, EngineConfig(max_slots=MAX_SLOTS), SpecialTokens())
     sequences = [
         Sequence(GenerationRequest(str(i), ids, SamplingParams(max_new_tokens=new)), prefix)
         for i, (ids, prefix) in enumerate(zip(prompt_ids, prefixes, strict=True))

@@ -22,11 +22,12 @@ from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.demo_tasks import DEMO_TASKS
 from server.engine.core import EngineCore
-from server.engine.native import choose_runner, eos_token_ids
+from server.engine.native import choose_runner
 from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams, TokenEvent
 from server.engine.runner import Runner
 from server.engine.scheduler import Span
 from server.engine.sequence import Sequence
+from server.engine.special_tokens import SpecialTokens
 
 SLOTS, MAX_LENGTH, NEW_TOKENS = 64, 512, 128
 
@@ -44,7 +45,7 @@ def outputs(
     loaded: LoadedModel, runner: Runner, prefix: Prefix, examples: Items[Example]
 ) -> list[str]:
     """Greedy texts."""
-    core = EngineCore(runner, EngineConfig(max_slots=SLOTS), eos_token_ids(loaded))
+    core = EngineCore(runner, EngineConfig(max_slots=SLOTS), SpecialTokens.of(loaded))
     tokens: list[list[int]] = [[] for _ in examples]
     for i, example in enumerate(examples):
         request = GenerationRequest(str(i), example.prompt_ids, SamplingParams(NEW_TOKENS))

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -37,6 +37,11 @@ class Parameters(TypedDict, total=False):
     seed: int
     stop: list[str]
     ignore_eos: bool
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    no_repeat_ngram_size: int
+    min_new_tokens: int
     truncate: int
     top_n_tokens: int
     return_full_text: bool

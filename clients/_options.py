@@ -28,6 +28,10 @@ RepetitionPenalty = Annotated[float | None, Option(help="Over 1 avoids tokens se
 FrequencyPenalty = Annotated[float | None, Option(help="Over 0 avoids tokens generated often.")]
 Seed = Annotated[int | None, Option(help="Makes drawn tokens repeatable.")]
 Stop = Annotated[list[str] | None, Option(help="End at this text; may be given several times.")]
+NumBeams = Annotated[int | None, Option(help="Follow so many hypotheses (beam search).")]
+LengthPenalty = Annotated[float | None, Option(help="With beams: over 0 prefers longer texts.")]
+NoRepeatNgramSize = Annotated[int | None, Option(help="No sequence of so many tokens comes twice.")]
+MinNewTokens = Annotated[int | None, Option(help="Fewest tokens to generate.")]
 IgnoreEos = Annotated[bool | None, Option("--ignore-eos", help="Go on past the text's end.")]
 
 

@@ -197,6 +197,10 @@ def generate(  # noqa: PLR0917 - the command line gives them by name
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    num_beams: options.NumBeams = None,
+    length_penalty: options.LengthPenalty = None,
+    no_repeat_ngram_size: options.NoRepeatNgramSize = None,
+    min_new_tokens: options.MinNewTokens = None,
     ignore_eos: options.IgnoreEos = None,
     url: options.Url = DEFAULT_URL,
     as_json: options.Json = False,
@@ -215,6 +219,10 @@ def generate(  # noqa: PLR0917 - the command line gives them by name
         frequency_penalty=frequency_penalty,
         seed=seed,
         stop=stop or None,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        min_new_tokens=min_new_tokens,
         ignore_eos=ignore_eos,
     )
     with Client(url) as client:

@@ -141,8 +141,11 @@ class Generator:
         tasks: TaskService,
         prefixes: ResidentPrefixes,
         metrics: Metrics,
+        *,
+        max_beams: int,
     ) -> None:
         self._engine = engine
+        self._max_beams = max_beams
         self._tokenizer = tokenizer
         self._tasks = tasks
         self._prefixes = prefixes
@@ -182,6 +185,11 @@ class Generator:
     async def _start(self, job: GenerationJob, stack: AsyncExitStack) -> list[Generation]:
         """Submit every input; what must be undone at the end goes on `stack`."""
         started = time.perf_counter()
+        if job.sampling.num_beams > self._max_beams:
+            raise InvalidRequestError(
+                f"num_beams is {job.sampling.num_beams}; expected at most {self._max_beams}, this "
+                "server's limit"
+            )
         record, split = await self._lease(job, stack)
         requests = [
             await self._request(job, position, record) for position in range(len(job.inputs))
@@ -257,6 +265,11 @@ class Generator:
                 f"{wanted} max_new_tokens = {prefix_tokens + prompt_tokens + wanted} is over this "
                 f"server's limit of {self._engine.max_length}; shorten the input, set truncate, or "
                 "lower max_new_tokens"
+            )
+        if job.sampling.min_new_tokens > wanted:
+            raise InvalidRequestError(
+                f"{where}min_new_tokens is {job.sampling.min_new_tokens}, and max_new_tokens is "
+                f"{wanted}; expected at most that"
             )
         return wanted
 

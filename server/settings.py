@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     max_slots: int = Field(default=64, ge=1, le=4096)
     """Sequences generated at once."""
 
+    max_beams: int = Field(default=8, ge=1, le=4096)
+    """Largest num_beams of a request, each beam being a sequence; at most max_slots."""
+
     max_length: int = Field(default=2048, ge=8, le=1_000_000)
     """Positions per sequence, prefix and prompt included; lowered to what the model has."""
 

@@ -51,6 +51,7 @@ from server.engine.native import choose_runner
 from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams
 from server.engine.runner import Runner
 from server.engine.sequence import Sequence as EngineSequence
+from server.engine.special_tokens import SpecialTokens
 
 SIZES, MIXED, PEFT_SAMPLE = (1, 8, 32, 64), 32, 8
 PEERS_PYTHON = Path(os.environ.get("PREFIXSERVE_PEERS_PYTHON", ROOT / ".peers" / "bin" / "python"))
@@ -64,7 +65,7 @@ def engine_rate(
     runner: Runner, prompt_ids: Sequence[tuple[int, ...]], prefixes: Sequence[Prefix], new: int
 ) -> float:
     """Generated tokens per second of one batch of this engine, prefill included."""
-    core = EngineCore(runner, EngineConfig(max_slots=MAX_SLOTS), eos_token_ids=frozenset())
+    core = EngineCore(runner, EngineConfig(max_slots=MAX_SLOTS), SpecialTokens())
     started, tokens = time.perf_counter(), 0
     for i, (ids, prefix) in enumerate(zip(prompt_ids, prefixes, strict=True)):
         request = GenerationRequest(str(i), ids, SamplingParams(max_new_tokens=new))

@@ -23,6 +23,15 @@ from server.generation import Token as GeneratedToken
 # Below this the likeliest token is certain but for rounding, and 1 / temperature overflows.
 _GREEDY_BELOW = 1e-3
 
+_TAKEN_AS_GIVEN = {
+    "repetition_penalty",
+    "frequency_penalty",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+}
 # What has no effect, and what makes a request sample when it has one.
 _NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 
@@ -31,7 +40,8 @@ def job_of(request: GenerateRequest, *, stream: bool) -> GenerationJob:
     """What the generator is asked to do.
 
     Raises:
-        InvalidRequestError: two different task names, or a stream of several inputs.
+        InvalidRequestError: two different task names, a stream of several inputs, or sampling
+            with beams.
     """
     parameters = request.parameters or Parameters()
     inputs = (request.inputs,) if isinstance(request.inputs, str) else tuple(request.inputs)
@@ -64,13 +74,18 @@ def _task_id(task_id: str | None, adapter_id: str | None) -> str | None:
 def _sampling(parameters: Parameters) -> SamplingParams:
     """The parameters with defaults filled in; `max_new_tokens` and `seed` are the job's."""
     given: dict[str, Any] = parameters.model_dump(
-        include={*_NEUTRAL, "repetition_penalty", "frequency_penalty"}, exclude_none=True
+        include={*_NEUTRAL, *_TAKEN_AS_GIVEN}, exclude_none=True
     )
     samples = bool(parameters.do_sample)
     samples |= any(given.get(name, neutral) != neutral for name, neutral in _NEUTRAL.items())
     if given.get("temperature", 1.0) < _GREEDY_BELOW:
         del given["temperature"]
         samples = False
+    if samples and given.get("num_beams", 1) > 1:
+        raise InvalidRequestError(
+            f"num_beams is {given['num_beams']}, and beam search draws no tokens; leave out "
+            "do_sample, temperature, top_k, top_p, min_p and typical_p, or num_beams"
+        )
     return SamplingParams(
         max_new_tokens=1,
         do_sample=samples,

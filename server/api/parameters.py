@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -119,6 +119,44 @@ class Parameters(RequestModel):
         description=f"Up to {MAX_STOP_STRINGS} texts of up to {MAX_STOP_CHARS} characters; the "
         "first to appear ends the generated text and is the last thing in it.",
         examples=[["\n\n"]],
+    )
+    num_beams: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000,
+        description="Follow so many hypotheses at once and answer with the best (beam search). "
+        "Nothing is drawn then, and a stream's tokens come when it is found. At most the server's "
+        "`max_beams`. 1: off.",
+        examples=[1],
+    )
+    length_penalty: float | None = Field(
+        default=None,
+        ge=-10,
+        le=10,
+        description="With beams: a hypothesis' log-probability is divided by its length to this "
+        "power, so that above 0 longer texts score better. Default: 1.",
+        examples=[1.0],
+    )
+    early_stopping: bool | Literal["never"] | None = Field(
+        default=None,
+        description="With beams: true ends with `num_beams` finished hypotheses, false (the "
+        'default) once the running ones score no better, "never" once they cannot at any length; '
+        "as in transformers.",
+        examples=[True],
+    )
+    no_repeat_ngram_size: int | None = Field(
+        default=None,
+        ge=0,
+        le=1_000,
+        description="No sequence of so many tokens comes twice. 0: off.",
+        examples=[0],
+    )
+    min_new_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="The text does not end before so many tokens, unless by `stop`.",
+        examples=[0],
     )
     ignore_eos: bool | None = Field(
         default=None,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from server.engine.beam_search import BeamSearch
 from server.engine.protocol import (
     EngineConfig,
     EngineFailedError,
@@ -21,8 +22,11 @@ from server.engine.runner import Runner
 from server.engine.sampling import Sample, sample
 from server.engine.scheduler import Scheduler, Span
 from server.engine.sequence import NO_SLOT, Sequence
+from server.engine.special_tokens import SpecialTokens
 
 logger = logging.getLogger(__name__)
+
+_NOT_FINITE = "the model's output holds NaN or infinity with this task's prefix"
 
 Event = tuple[str, TokenEvent | EngineFailedError]
 """A request's id and what happened to it; an error is its last event."""
@@ -43,11 +47,12 @@ class EngineCore:
     of the prompts that are not, in one call of the runner.
     """
 
-    def __init__(self, runner: Runner, config: EngineConfig, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, runner: Runner, config: EngineConfig, special: SpecialTokens) -> None:
         self._scheduler = Scheduler(config.max_slots, config.prefill_tokens)
         self._runner = runner
-        self._eos_token_ids = eos_token_ids
+        self._special = special
         self._sequences: dict[str, Sequence] = {}
+        self._searches: dict[str, BeamSearch] = {}
 
     @property
     def has_work(self) -> bool:
@@ -62,7 +67,10 @@ class EngineCore:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self._sequences[sequence.request.request_id] = sequence
+        request_id = sequence.request.request_id
+        self._sequences[request_id] = sequence
+        if sequence.siblings:
+            self._searches[request_id] = BeamSearch(sequence, self._special)
         self._scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
@@ -89,25 +97,53 @@ class EngineCore:
 
     def _compute(self, spans: Rows[Span]) -> list[Event]:
         """Run the model over `spans`; the events of those whose next token it gives."""
-        ending = [i for i, span in enumerate(spans) if span.completes_prompt]
         logits = self._runner.forward(spans)
         for span in spans:
             span.sequence.length = span.end
-        if not ending:
+        ending = [i for i, span in enumerate(spans) if span.completes_prompt]
+        rows = {id(spans[i].sequence): i for i in ending}
+        alone = [i for i in ending if spans[i].sequence.request.request_id not in self._searches]
+        searches = dict.fromkeys(
+            request_id
+            for i in ending
+            if (request_id := spans[i].sequence.request.request_id) in self._searches
+        )
+        events = []
+        if alone:
+            sequences = [spans[i].sequence for i in alone]
+            own = logits if len(alone) == len(spans) else logits[alone]
+            samples = sample(own, sequences, self._special)
+            events = list(map(self._advance, sequences, samples))
+        for request_id in searches:
+            beams = [rows[id(beam)] for beam in self._searches[request_id].running]
+            events += self._search(request_id, logits[beams])
+        return events
+
+    def _search(self, request_id: str, logits: torch.Tensor) -> list[Event]:
+        """A request's next tokens; the best hypothesis' events once the search has ended."""
+        leader, search = self._sequences[request_id], self._searches[request_id]
+        reordering = search.advance(logits)
+        if reordering is None:
+            for beam in (leader, *leader.siblings):
+                self._runner.clear(beam.slot)
+            return [self._fail(leader, _NOT_FINITE)]
+        if search.best is None:
+            if reordering.sources:
+                self._runner.reorder(reordering)
             return []
-        sequences = [spans[i].sequence for i in ending]
-        samples = sample(logits if len(ending) == len(spans) else logits[ending], sequences)
-        return [
-            self._advance(sequence, chosen)
-            for sequence, chosen in zip(sequences, samples, strict=True)
-        ]
+        *earlier, last = search.best
+        events = [TokenEvent(one.chosen, one.top) for one in earlier]
+        ended = last.chosen.token_id in self._special.eos
+        reason = FinishReason.EOS_TOKEN if ended else FinishReason.LENGTH
+        events.append(TokenEvent(last.chosen, last.top, reason))
+        events[0] = replace(events[0], queue_seconds=leader.queue_seconds)
+        self._remove(leader)
+        return [(request_id, event) for event in events]
 
     def _advance(self, sequence: Sequence, chosen: Sample | None) -> Event:
         if chosen is None:
             self._runner.clear(sequence.slot)
-            return self._fail(
-                sequence, "the model's output holds NaN or infinity with this task's prefix"
-            )
+            return self._fail(sequence, _NOT_FINITE)
         sequence.output_ids.append(chosen.chosen.token_id)
         first = len(sequence.output_ids) == 1
         reason = self._finish_reason(sequence)
@@ -120,7 +156,7 @@ class EngineCore:
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         sampling = sequence.request.sampling
-        if sequence.output_ids[-1] in self._eos_token_ids and not sampling.ignore_eos:
+        if sequence.output_ids[-1] in self._special.eos and not sampling.ignore_eos:
             return FinishReason.EOS_TOKEN
         if len(sequence.output_ids) == sampling.max_new_tokens:
             return FinishReason.LENGTH
@@ -130,18 +166,23 @@ class EngineCore:
         running = list(self._scheduler.running)
         for sequence in running:
             self._runner.clear(sequence.slot)
-        return [self._fail(sequence, reason) for sequence in reversed(running)]
+        leaders = [sequence for sequence in running if sequence.leader is None]
+        return [self._fail(sequence, reason) for sequence in reversed(leaders)]
 
     def _fail(self, sequence: Sequence, reason: str) -> Event:
         self._remove(sequence)
         return sequence.request.request_id, EngineFailedError(reason)
 
     def _remove(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.request.request_id]
-        move = self._scheduler.remove(sequence)
-        if move is not None:
-            self._runner.move(move)
-        assert sequence.slot == NO_SLOT  # noqa: S101 - a slot has one owner
+        request_id = sequence.request.request_id
+        del self._sequences[request_id]
+        self._searches.pop(request_id, None)
+        siblings = sequence.siblings if sequence.slot != NO_SLOT else ()
+        for leaving in (sequence, *siblings):
+            move = self._scheduler.remove(leaving)
+            if move is not None:
+                self._runner.move(move)
+            assert leaving.slot == NO_SLOT  # noqa: S101 - a slot has one owner
 
 
 def _step_stats(spans: Rows[Span], seconds: float, stats: EngineStats) -> StepStats:

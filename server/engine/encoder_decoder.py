@@ -15,6 +15,7 @@ from prefix_store.groups import CROSS, DECODER, ENCODER
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from prefix_store.prefix_attention import AttentionPrefixes, RowPrefixes
+from server.engine.beam_search import Reordering
 from server.engine.decoder_positions import DecoderPositions
 from server.engine.kv_cache import CrossCache, SlotCache, Window
 from server.engine.scheduler import SlotMove, Span
@@ -67,6 +68,15 @@ class EncoderDecoderRunner:
         length = self._cross_lengths[move.source]
         self._cross.move(move.source, move.target, length)
         self._cross_lengths[move.target] = length
+
+    def reorder(self, reordering: Reordering) -> None:
+        """See `Runner.reorder`: beams read one source, which each slot is given once."""
+        self._own.reorder(reordering.sources, reordering.targets, reordering.length)
+        for source, target in zip(reordering.sources, reordering.targets, strict=True):
+            length = self._cross_lengths[source]
+            if self._cross_lengths[target] != length:
+                self._cross.move(source, target, length)
+                self._cross_lengths[target] = length
 
     def clear(self, slot: int) -> None:
         """See `Runner.clear`: what is masked is still multiplied, and 0 x NaN is NaN."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,11 @@ class SlotCache(Cache):
         """Copy the first `length` positions of one slot over another's."""
         self.keys[:, target, :, :length].copy_(self.keys[:, source, :, :length])
         self.values[:, target, :, :length].copy_(self.values[:, source, :, :length])
+
+    def reorder(self, sources: Rows[int], targets: Rows[int], length: int) -> None:
+        """Copy the first `length` positions of slots over other slots, all at once."""
+        for memory in (self.keys, self.values):
+            memory[:, list(targets), :, :length] = memory[:, list(sources), :, :length]
 
     def clear(self, slot: int) -> None:
         """Zero a slot that may hold NaN or infinities, which a later occupant would inherit."""

@@ -37,6 +37,7 @@ from server.engine.protocol import (
 )
 from server.engine.runner import Runner, transformers_runner
 from server.engine.sequence import Sequence
+from server.engine.special_tokens import SpecialTokens
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +106,14 @@ class NativeEngine:
             int8=config.quantize == "int8",
             cuda_graphs=config.cuda_graphs,
         )
-        self._core = EngineCore(runner, self._config, eos_token_ids(loaded))
+        special = SpecialTokens.of(loaded)
+        self._core = EngineCore(runner, self._config, special)
         self._stats = self._core.stats
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[str, _EventStream] = {}
         self._prefixes: dict[str, Prefix] = {}
-        self._decoder_ids = decoder_ids(loaded)
+        self._decoder_ids = () if special.decoder_start is None else (special.decoder_start,)
         self._copier = DeviceCopier(loaded.model.device, loaded.model.dtype)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -152,7 +154,7 @@ class NativeEngine:
         stream = _EventStream(self, request.request_id)
         self._streams[request.request_id] = stream
         self._idle.clear()
-        sequence = Sequence(request, prefix, self._decoder_ids or request.prompt_ids)
+        sequence = Sequence(request, prefix, self._decoder_ids).with_siblings()
         self._commands.put(lambda core: core.add(sequence))
         return stream
 
@@ -259,6 +261,8 @@ class NativeEngine:
         prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
         if prompt < 1 or new < 1:
             raise ValueError(f"a request needs a prompt and a token to generate, not {request}")
+        if not 1 <= request.sampling.num_beams <= self._config.max_slots:
+            raise ValueError(f"{request.sampling.num_beams} beams, {self._config.max_slots} slots")
         if new > self.room(prompt, prefix_length):
             raise RequestTooLongError(
                 f"{prefix_length} prefix + {prompt} prompt + {new} new tokens are more than the "
@@ -362,30 +366,3 @@ def choose_runner(
     if loaded.spec.encoder is not None:
         return EncoderDecoderRunner(loaded, max_slots, max_length)
     return packed or transformers_runner(loaded, max_slots, max_length, cuda_graphs=cuda_graphs)
-
-
-def eos_token_ids(loaded: LoadedModel) -> frozenset[int]:
-    """The tokens that end a text, from the model's generation config."""
-    generation_config = loaded.model.generation_config
-    ids = generation_config.eos_token_id if generation_config is not None else None
-    if ids is None:
-        return frozenset()
-    return frozenset(ids if isinstance(ids, list) else [ids])
-
-
-def decoder_ids(loaded: LoadedModel) -> tuple[int, ...]:
-    """What every text of an encoder-decoder model starts from; nothing for other models.
-
-    Raises:
-        ModelLoadError: its config does not say.
-    """
-    if loaded.spec.encoder is None:
-        return ()
-    for config in (loaded.model.generation_config, loaded.model.config):
-        start: int | None = getattr(config, "decoder_start_token_id", None)
-        if start is not None:
-            return (start,)
-    raise ModelLoadError(
-        f"the config of {loaded.spec.name!r} has no decoder_start_token_id, the token that every "
-        "text starts from; set it in generation_config.json"
-    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from prefix_store.model_loading import LoadedModel
+from server.engine.beam_search import Reordering
 from server.engine.kernels import MAX_QUERIES, Kernels, kernels_for, structures
 from server.engine.packed_matrix import QuantizedRoom, project
 from server.engine.packed_model import PackedModel, pack
@@ -57,6 +58,12 @@ class PackedRunner:
         """See `Runner.move`."""
         for memory in (self._keys, self._values):
             memory[:, move.target, :, : move.length] = memory[:, move.source, :, : move.length]
+
+    def reorder(self, reordering: Reordering) -> None:
+        """See `Runner.reorder`."""
+        sources, targets = list(reordering.sources), list(reordering.targets)
+        for memory in (self._keys, self._values):
+            memory[:, targets, :, : reordering.length] = memory[:, sources, :, : reordering.length]
 
     def clear(self, slot: int) -> None:
         """See `Runner.clear`: no row reads a position that its own sequence has not written."""

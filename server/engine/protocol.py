@@ -26,7 +26,8 @@ class SamplingParams:
     """How one request's next token is chosen. The defaults are greedy decoding.
 
     The order is fixed: repetition and frequency penalties, then, only when `do_sample`,
-    temperature, top_k, top_p, min_p, typical_p, and one draw from what is left.
+    temperature, top_k, top_p, min_p, typical_p, and one draw from what is left. With several beams
+    nothing is drawn; `processors` says what else is done to the scores.
 
     Attributes:
         max_new_tokens: most tokens to generate, at least 1.
@@ -42,6 +43,14 @@ class SamplingParams:
         seed: a sampled request with the same seed draws the same numbers whatever batch it is in.
         top_logprobs: number of most likely alternatives to report with each token.
         ignore_eos: go on past the tokens that end a text.
+        min_new_tokens: no token that ends a text is chosen before so many.
+        no_repeat_ngram_size: no sequence of so many tokens comes twice; 0 is off.
+        num_beams: hypotheses followed at once, each in a slot; 1 is none of beam search. The best
+            one's tokens are told when it is found.
+        length_penalty: a hypothesis' log-probability is divided by its length to this power.
+        early_stopping: end when there are `num_beams` finished hypotheses (True), when the best
+            running one at its present length is no better than these (False), or at any length
+            ("never"), as in transformers.
     """
 
     max_new_tokens: int
@@ -56,6 +65,11 @@ class SamplingParams:
     seed: int = 0
     top_logprobs: int = 0
     ignore_eos: bool = False
+    min_new_tokens: int = 0
+    no_repeat_ngram_size: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
 
 @dataclass(frozen=True, slots=True)

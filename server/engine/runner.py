@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from prefix_store.errors import ModelLoadError
 from prefix_store.groups import DECODER
 from prefix_store.model_loading import LoadedModel
+from server.engine.beam_search import Reordering
 from server.engine.cuda_graphs import CudaGraphs
 from server.engine.kv_cache import SlotCache, Window
 from server.engine.scheduler import SlotMove, Span
@@ -29,6 +30,9 @@ class Runner(Protocol):
 
     def move(self, move: SlotMove) -> None:
         """Carry out what `Scheduler.remove` asked for."""
+
+    def reorder(self, reordering: Reordering) -> None:
+        """Beams of one request follow other beams."""
 
     def clear(self, slot: int) -> None:
         """A slot may hold NaN; see to it that no later sequence there is disturbed."""
@@ -76,6 +80,10 @@ class TransformersRunner:
     def move(self, move: SlotMove) -> None:
         """See `Runner.move`."""
         self._cache.move(move.source, move.target, move.length)
+
+    def reorder(self, reordering: Reordering) -> None:
+        """See `Runner.reorder`."""
+        self._cache.reorder(reordering.sources, reordering.targets, reordering.length)
 
     def clear(self, slot: int) -> None:
         """See `Runner.clear`: what is masked is still multiplied, and 0 x NaN is NaN."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from server.engine.kernels import likeliest
+from server.engine.processors import changes_scores, process
 from server.engine.protocol import SamplingParams, TokenLogprob
 from server.engine.sequence import Sequence
+from server.engine.special_tokens import SpecialTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,9 @@ class Sample:
     top: tuple[TokenLogprob, ...]
 
 
-def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sample | None]:
+def sample(
+    logits: torch.Tensor, sequences: Rows[Sequence], special_tokens: SpecialTokens
+) -> list[Sample | None]:
     """Choose each row's next token as its `SamplingParams` say.
 
     Args:
@@ -33,13 +37,19 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sample | Non
     """
     token_ids, normalizer = likeliest(logits)
     finite = normalizer.isfinite().tolist()
-    special = [i for i, s in enumerate(sequences) if finite[i] and _is_special(s.request.sampling)]
+    special = [
+        i
+        for i, sequence in enumerate(sequences)
+        if finite[i]
+        and (sequence.request.sampling.do_sample or changes_scores(sequence, special_tokens))
+    ]
     if special:
         token_ids[special] = _choose_special(
-            logits[special].float(), [sequences[i] for i in special]
+            logits[special].float(), [sequences[i] for i in special], special_tokens
         )
     logprobs = logits.gather(1, token_ids[:, None])[:, 0].float() - normalizer
-    top = _top_logprobs(logits, normalizer, sequences)
+    wanted = [sequence.request.sampling.top_logprobs for sequence in sequences]
+    top = top_logprobs(logits, normalizer, wanted)
     rows = zip(finite, token_ids.tolist(), logprobs.tolist(), top, strict=True)
     return [
         Sample(TokenLogprob(token_id, logprob), alternatives) if ok else None
@@ -47,19 +57,13 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sample | Non
     ]
 
 
-def _is_special(params: SamplingParams) -> bool:
-    return params.do_sample or _is_penalized(params)
-
-
-def _is_penalized(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0
-
-
-def _choose_special(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
-    """Token ids `[rows]` for rows with penalties or sampling; float32 `logits` is overwritten."""
+def _choose_special(
+    logits: torch.Tensor, sequences: Rows[Sequence], special_tokens: SpecialTokens
+) -> torch.Tensor:
+    """Token ids `[rows]` of rows that are processed or sampled; float32 `logits` is overwritten."""
     for row, sequence in zip(logits, sequences, strict=True):
-        if _is_penalized(sequence.request.sampling):
-            _penalize(row, sequence)
+        if changes_scores(sequence, special_tokens):
+            process(row, sequence, special_tokens)
     params = [s.request.sampling for s in sequences]
     token_ids = logits.argmax(dim=-1)
     drawn = [i for i, p in enumerate(params) if p.do_sample]
@@ -68,18 +72,6 @@ def _choose_special(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Te
         uniforms = torch.tensor([sequences[i].rng.random() for i in drawn], device=logits.device)
         token_ids[rows] = draw(logits[rows], [params[i] for i in drawn], uniforms)
     return token_ids
-
-
-def _penalize(row: torch.Tensor, sequence: Sequence) -> None:
-    params = sequence.request.sampling
-    output = torch.tensor(sequence.output_ids, device=row.device, dtype=torch.int64)
-    if params.repetition_penalty != 1.0:
-        prompt = torch.tensor(sequence.request.prompt_ids, device=row.device)
-        seen = torch.unique(torch.cat([prompt, output]))
-        score, penalty = row[seen], params.repetition_penalty
-        row[seen] = torch.where(score > 0, score / penalty, score * penalty)
-    if params.frequency_penalty != 0.0:
-        row.scatter_add_(0, output, row.new_full(output.shape, -params.frequency_penalty))
 
 
 def draw(
@@ -148,10 +140,15 @@ def _keep_typical(scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill((-logprobs - entropy).abs() > threshold, -torch.inf)
 
 
-def _top_logprobs(
-    logits: torch.Tensor, normalizer: torch.Tensor, sequences: Rows[Sequence]
+def top_logprobs(
+    logits: torch.Tensor, normalizer: torch.Tensor, wanted: Rows[int]
 ) -> list[tuple[TokenLogprob, ...]]:
-    wanted = [s.request.sampling.top_logprobs for s in sequences]
+    """So many of each row's likeliest tokens, likeliest first.
+
+    Args:
+        logits: `[rows, vocab]`.
+        normalizer: float32 `[rows]`, the logarithm of the sum of their exponentials.
+    """
     most = min(max(wanted), logits.shape[-1])
     if most == 0:
         return [()] * len(wanted)

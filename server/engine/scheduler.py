@@ -73,15 +73,22 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Give free slots to the longest waiting sequences and return these."""
-        admitted = []
-        while self.waiting and len(self.running) < self.max_slots:
-            sequence = self.waiting.popleft()
-            sequence.slot = len(self.running)
-            sequence.length = sequence.prefix_length
-            sequence.queue_seconds = time.perf_counter() - sequence.arrived_at
-            self.running.append(sequence)
-            admitted.append(sequence)
+        """Give free slots to the longest waiting sequences and return these.
+
+        A sequence and its siblings get theirs together; until there are enough, nobody else does.
+        """
+        admitted: list[Sequence] = []
+        while self.waiting:
+            first = self.waiting[0]
+            if len(self.running) + 1 + len(first.siblings) > self.max_slots:
+                break
+            self.waiting.popleft()
+            for sequence in (first, *first.siblings):
+                sequence.slot = len(self.running)
+                sequence.length = sequence.prefix_length
+                sequence.queue_seconds = time.perf_counter() - first.arrived_at
+                self.running.append(sequence)
+                admitted.append(sequence)
         return admitted
 
     def plan(self) -> list[Span]:
@@ -97,7 +104,7 @@ class Scheduler:
             if sequence.output_ids
         ]
         budget = self.prefill_tokens
-        prefilling = (sequence for sequence in self.running if not sequence.output_ids)
+        prefilling = (s for s in self.running if not s.output_ids and s.leader is None)
         for sequence in sorted(prefilling, key=lambda s: s.arrived_at):
             if budget <= 0:
                 break

@@ -143,12 +143,20 @@ def test_every_parameter_is_taken(real_client: Client) -> None:
         "seed": 7,
         "stop": ["\n\n\n"],
         "ignore_eos": True,
+        "num_beams": 2,
+        "length_penalty": 0.5,
+        "early_stopping": "never",
+        "no_repeat_ngram_size": 4,
+        "min_new_tokens": 2,
         "truncate": 3,
         "top_n_tokens": 2,
         "return_full_text": True,
     }
     assert set(parameters) == set(Parameters.__annotations__)
+    beams = {name: parameters.pop(name) for name in ("num_beams", "early_stopping")}
     first, second = (real_client.generate(INPUT, **parameters) for _ in range(2))
+    best = real_client.generate(INPUT, max_new_tokens=5, **beams)
+    assert best.details.generated_tokens == 5
     assert first == second
     assert first.details.seed == 7
     assert first.prompt_tokens == 3

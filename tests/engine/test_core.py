@@ -18,7 +18,7 @@ from prefix_store.model_loading import DEFAULT_MODEL, LoadedModel, load_base_mod
 from prefix_store.prefix import Prefix
 from server.engine import static_decode
 from server.engine.core import EngineCore
-from server.engine.native import choose_runner, eos_token_ids
+from server.engine.native import choose_runner
 from server.engine.packed_runner import PackedRunner
 from server.engine.protocol import (
     EngineConfig,
@@ -31,6 +31,7 @@ from server.engine.protocol import (
 from server.engine.runner import Runner, TransformersRunner
 from server.engine.scheduler import Span
 from server.engine.sequence import Sequence
+from server.engine.special_tokens import SpecialTokens
 from tests.conftest import tiny_model
 from tests.engine.reference import greedy, random_prefix
 
@@ -51,7 +52,7 @@ class Plan:
     def sequence(self, loaded: LoadedModel, index: int) -> Sequence:
         params = SamplingParams(max_new_tokens=self.max_new_tokens, **self.sampling)
         request = GenerationRequest(str(index), self.prompt_ids, params)
-        return Sequence(request, self.prefix(loaded))
+        return Sequence(request, self.prefix(loaded)).with_siblings()
 
     def prefix(self, loaded: LoadedModel) -> Prefix | None:
         if self.prefix_length == 0:
@@ -70,7 +71,7 @@ def new_core(
         runner = TransformersRunner(loaded, 3, 80)
     else:
         runner = choose_runner(loaded, 3, 80, int8=int8)
-    return EngineCore(runner, CONFIG, eos_token_ids(loaded))
+    return EngineCore(runner, CONFIG, SpecialTokens.of(loaded))
 
 
 _replayed: dict[str, Runner] = {}
@@ -223,7 +224,7 @@ def check_greedy(loaded: LoadedModel, plans: list[Plan], found: list[list[TokenE
             assert token_ids(events) == expected[: len(events)]
             continue
         assert token_ids(events) == expected
-        stopped = expected[-1] in eos_token_ids(loaded)
+        stopped = expected[-1] in SpecialTokens.of(loaded).eos
         reason = FinishReason.EOS_TOKEN if stopped else FinishReason.LENGTH
         assert [e.finish_reason for e in events] == [None] * (len(events) - 1) + [reason]
 

@@ -16,10 +16,11 @@ from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.engine.core import EngineCore
 from server.engine.encoder_decoder import EncoderDecoderRunner
-from server.engine.native import choose_runner, decoder_ids, eos_token_ids
+from server.engine.native import choose_runner
 from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams
 from server.engine.scheduler import Span
 from server.engine.sequence import Sequence
+from server.engine.special_tokens import SpecialTokens
 from tests.engine.seq2seq_reference import greedy, random_groups
 
 MAX_LENGTH = 60
@@ -52,9 +53,15 @@ class Plan:
         return Sequence(request, self.prefix(loaded), decoder_ids(loaded))
 
 
+def decoder_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    start = SpecialTokens.of(loaded).decoder_start
+    assert start is not None
+    return (start,)
+
+
 def run(loaded: LoadedModel, plans: list[Plan]) -> list[list[int]]:
     """Every plan's tokens, with arrivals and cancellations at their steps."""
-    core = EngineCore(choose_runner(loaded, 3, MAX_LENGTH), CONFIG, eos_token_ids(loaded))
+    core = EngineCore(choose_runner(loaded, 3, MAX_LENGTH), CONFIG, SpecialTokens.of(loaded))
     tokens: list[list[int]] = [[] for _ in plans]
     step = 0
     while core.has_work or any(plan.arrives_at >= step for plan in plans):
@@ -145,7 +152,7 @@ def test_a_model_without_a_start_token(tiny_seq2seq: LoadedModel) -> None:
         for config in configs:
             config.decoder_start_token_id = None
         with pytest.raises(ModelLoadError, match="decoder_start_token_id"):
-            decoder_ids(tiny_seq2seq)
+            SpecialTokens.of(tiny_seq2seq)
     finally:
         for config, token_id in zip(configs, before, strict=True):
             config.decoder_start_token_id = token_id

@@ -21,6 +21,7 @@ from transformers import (
 from server.engine.protocol import GenerationRequest, SamplingParams
 from server.engine.sampling import draw, filter_logits, sample
 from server.engine.sequence import Sequence
+from server.engine.special_tokens import SpecialTokens
 
 VOCAB = 50
 
@@ -97,7 +98,7 @@ def test_repetition_penalty_covers_prompt_and_output() -> None:
     seen = torch.tensor([[1, 2, 3, 9, 9]])
     expected = RepetitionPenaltyLogitsProcessor(1.8)(seen, scores[1:].clone()).argmax().item()
     plain = sequence(SamplingParams(1))
-    chosen = sample(scores.clone(), [plain, sequence(params, (9, 9))])
+    chosen = sample(scores.clone(), [plain, sequence(params, (9, 9))], SpecialTokens())
     assert chosen[1] is not None
     assert chosen[1].chosen.token_id == expected
     assert chosen[0] is not None
@@ -110,7 +111,7 @@ def test_frequency_penalty_grows_with_each_repetition() -> None:
     params = SamplingParams(1, frequency_penalty=0.4)
     choices = []
     for repeats in range(5):
-        chosen = sample(scores.clone(), [sequence(params, (7,) * repeats)])[0]
+        chosen = sample(scores.clone(), [sequence(params, (7,) * repeats)], SpecialTokens())[0]
         assert chosen is not None
         choices.append(chosen.chosen.token_id)
     assert choices == [7, 7, 7, 8, 8]  # 2.0 - 3 x 0.4 < 1.0
@@ -119,7 +120,7 @@ def test_frequency_penalty_grows_with_each_repetition() -> None:
 def test_logprobs_are_the_models_own() -> None:
     scores = logits(1, seed=9)
     params = SamplingParams(1, repetition_penalty=5.0, top_logprobs=3)
-    chosen = sample(scores.clone(), [sequence(params, (int(scores.argmax()),))])[0]
+    chosen = sample(scores.clone(), [sequence(params, (int(scores.argmax()),))], SpecialTokens())[0]
     assert chosen is not None
     expected = scores.log_softmax(-1)[0]
     assert chosen.chosen.logprob == pytest.approx(float(expected[chosen.chosen.token_id]), abs=1e-5)
@@ -134,6 +135,6 @@ def test_logprobs_are_the_models_own() -> None:
 def test_a_row_that_is_not_finite_has_no_sample(bad: float, params: SamplingParams) -> None:
     scores = logits(2, seed=4)
     scores[0, 3] = bad
-    first, second = sample(scores, [sequence(params), sequence(params)])
+    first, second = sample(scores, [sequence(params), sequence(params)], SpecialTokens())
     assert first is None
     assert second is not None
