@@ -260,10 +260,14 @@ class Generator:
             raise RequestTooLongError(f"{where}{error}") from None
         wanted = job.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, left))
         if wanted > left:
+            limit = self._engine.max_length
+            beside = (
+                limit - left - prefix_tokens
+            )  # of a prompt; one token where an encoder reads it
             raise RequestTooLongError(
-                f"{where}{prefix_tokens} prefix tokens + {prompt_tokens} prompt tokens + "
-                f"{wanted} max_new_tokens = {prefix_tokens + prompt_tokens + wanted} is over this "
-                f"server's limit of {self._engine.max_length}; shorten the input, set truncate, or "
+                f"{where}{prefix_tokens} prefix tokens + {beside} prompt tokens + {wanted} "
+                f"max_new_tokens = {prefix_tokens + beside + wanted} is over this server's limit of "
+                f"{limit}; shorten the input, set truncate, or "
                 "lower max_new_tokens"
             )
         if job.sampling.min_new_tokens > wanted:

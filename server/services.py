@@ -17,6 +17,7 @@ from prefix_store.redis_store.durability import Wait
 from server.demo_tasks import DEMO_TASKS, DemoTask
 from server.engine.native import NativeEngine
 from server.engine.protocol import Engine, EngineConfig
+from server.errors import InvalidRequestError
 from server.generation import Generator
 from server.metrics import Metrics
 from server.pins import Pins
@@ -148,8 +149,8 @@ async def _upload_demo_tasks(tasks: TaskService) -> None:
     for demo in DEMO_TASKS:
         try:
             await _upload(tasks, demo)
-        except IncompatiblePrefixError:
-            logger.info("the demo task %s was made for another base model; left out", demo.task_id)
+        except (IncompatiblePrefixError, InvalidRequestError) as error:
+            logger.info("left out the demo task %s: %s", demo.task_id, error)
         else:
             logger.info("uploaded the demo task %s", demo.task_id)
 

@@ -147,6 +147,13 @@ def test_the_other_kind_of_model(served: LiveServer, loaded: LoadedModel) -> Non
     assert served.client.get("/admin/tasks/refused").status_code == 404
 
 
+def test_demo_tasks_that_do_not_fit_are_left_out(loaded: LoadedModel, tmp_path: Path) -> None:
+    flags = ["--demo-tasks", "--max-length", "40"]
+    with live_server(loaded, tmp_path, *flags) as server:
+        assert server.client.get("/admin/tasks").json() == []
+        assert server.generate(SOURCE, max_new_tokens=2)["generated_text"]
+
+
 def test_the_other_way_round(server: LiveServer, loaded: LoadedModel) -> None:
     said = refused(server, random_groups(loaded, GROUPS, 4, seed=1).to_bytes())
     assert "an encoder-decoder model; this server runs a decoder-only one" in said
