@@ -261,14 +261,12 @@ class Generator:
         wanted = job.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, left))
         if wanted > left:
             limit = self._engine.max_length
-            beside = (
-                limit - left - prefix_tokens
-            )  # of a prompt; one token where an encoder reads it
+            prompt = limit - left - prefix_tokens  # one token where an encoder reads the input
+            total = prefix_tokens + prompt + wanted
             raise RequestTooLongError(
-                f"{where}{prefix_tokens} prefix tokens + {beside} prompt tokens + {wanted} "
-                f"max_new_tokens = {prefix_tokens + beside + wanted} is over this server's limit of "
-                f"{limit}; shorten the input, set truncate, or "
-                "lower max_new_tokens"
+                f"{where}{prefix_tokens} prefix tokens + {prompt} prompt tokens + {wanted} "
+                f"max_new_tokens = {total} is over this server's limit of {limit}; shorten the "
+                "input, set truncate, or lower max_new_tokens"
             )
         if job.sampling.min_new_tokens > wanted:
             raise InvalidRequestError(
