@@ -124,7 +124,7 @@ class EngineCore:
         leader, search = self._sequences[request_id], self._searches[request_id]
         reordering = search.advance(logits)
         if reordering is None:
-            for beam in (leader, *leader.siblings):
+            for beam in leader.beams:
                 self._runner.clear(beam.slot)
             return [self._fail(leader, _NOT_FINITE)]
         if search.best is None:
@@ -133,7 +133,7 @@ class EngineCore:
             return []
         *earlier, last = search.best
         events = [TokenEvent(one.chosen, one.top) for one in earlier]
-        ended = last.chosen.token_id in self._special.eos
+        ended = self._ends(leader, last.chosen.token_id)
         reason = FinishReason.EOS_TOKEN if ended else FinishReason.LENGTH
         events.append(TokenEvent(last.chosen, last.top, reason))
         events[0] = replace(events[0], queue_seconds=leader.queue_seconds)
@@ -155,18 +155,20 @@ class EngineCore:
         return sequence.request.request_id, event
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        if sequence.output_ids[-1] in self._special.eos and not sampling.ignore_eos:
+        if self._ends(sequence, sequence.output_ids[-1]):
             return FinishReason.EOS_TOKEN
-        if len(sequence.output_ids) == sampling.max_new_tokens:
+        if len(sequence.output_ids) == sequence.request.sampling.max_new_tokens:
             return FinishReason.LENGTH
         return None
+
+    def _ends(self, sequence: Sequence, token_id: int) -> bool:
+        return token_id in self._special.eos and not sequence.request.sampling.ignore_eos
 
     def _fail_running(self, reason: str) -> list[Event]:
         running = list(self._scheduler.running)
         for sequence in running:
             self._runner.clear(sequence.slot)
-        leaders = [sequence for sequence in running if sequence.leader is None]
+        leaders = [sequence for sequence in running if not sequence.is_sibling]
         return [self._fail(sequence, reason) for sequence in reversed(leaders)]
 
     def _fail(self, sequence: Sequence, reason: str) -> Event:
@@ -177,12 +179,9 @@ class EngineCore:
         request_id = sequence.request.request_id
         del self._sequences[request_id]
         self._searches.pop(request_id, None)
-        siblings = sequence.siblings if sequence.slot != NO_SLOT else ()
-        for leaving in (sequence, *siblings):
-            move = self._scheduler.remove(leaving)
-            if move is not None:
-                self._runner.move(move)
-            assert leaving.slot == NO_SLOT  # noqa: S101 - a slot has one owner
+        for move in self._scheduler.remove(sequence):
+            self._runner.move(move)
+        assert sequence.slot == NO_SLOT  # noqa: S101 - a slot has one owner
 
 
 def _step_stats(spans: Rows[Span], seconds: float, stats: EngineStats) -> StepStats:

@@ -154,7 +154,7 @@ class NativeEngine:
         stream = _EventStream(self, request.request_id)
         self._streams[request.request_id] = stream
         self._idle.clear()
-        sequence = Sequence(request, prefix, self._decoder_ids).with_siblings()
+        sequence = Sequence(request, prefix, self._decoder_ids)
         self._commands.put(lambda core: core.add(sequence))
         return stream
 

@@ -80,10 +80,10 @@ class Scheduler:
         admitted: list[Sequence] = []
         while self.waiting:
             first = self.waiting[0]
-            if len(self.running) + 1 + len(first.siblings) > self.max_slots:
+            if len(self.running) + len(first.beams) > self.max_slots:
                 break
             self.waiting.popleft()
-            for sequence in (first, *first.siblings):
+            for sequence in first.beams:
                 sequence.slot = len(self.running)
                 sequence.length = sequence.prefix_length
                 sequence.queue_seconds = time.perf_counter() - first.arrived_at
@@ -104,7 +104,7 @@ class Scheduler:
             if sequence.output_ids
         ]
         budget = self.prefill_tokens
-        prefilling = (s for s in self.running if not s.output_ids and s.leader is None)
+        prefilling = (s for s in self.running if not s.output_ids and not s.is_sibling)
         for sequence in sorted(prefilling, key=lambda s: s.arrived_at):
             if budget <= 0:
                 break
@@ -115,11 +115,19 @@ class Scheduler:
             budget -= span.num_tokens
         return spans
 
-    def remove(self, sequence: Sequence) -> SlotMove | None:
-        """Take a sequence out of the queue or its slot; returns the move that keeps slots dense."""
+    def remove(self, sequence: Sequence) -> list[SlotMove]:
+        """Take a sequence out of the queue, or it and its siblings out of their slots.
+
+        Returns the moves that keep slots dense, in their order.
+        """
         if sequence.slot == NO_SLOT:
             self.waiting.remove(sequence)
-            return None
+            return []
+        # From the last slot down, so that none is moved into the place of another.
+        leaving = sorted(sequence.beams, key=lambda beam: beam.slot, reverse=True)
+        return [move for beam in leaving if (move := self._vacate(beam)) is not None]
+
+    def _vacate(self, sequence: Sequence) -> SlotMove | None:
         hole, sequence.slot = sequence.slot, NO_SLOT
         last = self.running.pop()
         if last is sequence:

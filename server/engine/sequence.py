@@ -25,8 +25,8 @@ class Sequence:
         slot: its row of the KV memory, or NO_SLOT while it waits.
         length: positions of the slot that are filled: the prefix, then the tokens computed so far.
         output_ids: tokens generated so far; the last one is not in the slot yet.
+        is_sibling: a beam beside another, which computes the prompt for it.
         siblings: with beam search, the other beams: they get slots with it, but no prompt.
-        leader: of a sibling, the sequence that computes its prompt.
     """
 
     request: GenerationRequest
@@ -37,21 +37,23 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     arrived_at: float = field(default_factory=time.perf_counter)
     queue_seconds: float = 0.0
-    siblings: tuple[Sequence, ...] = ()
-    leader: Sequence | None = None
+    is_sibling: bool = False
+    siblings: tuple[Sequence, ...] = field(init=False, default=())
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_ids = self.prompt_ids or self.request.prompt_ids
         self.rng = random.Random(self.request.sampling.seed)  # noqa: S311 - not for secrets
+        if not self.is_sibling:
+            self.siblings = tuple(
+                Sequence(self.request, self.prefix, self.prompt_ids, is_sibling=True)
+                for _ in range(1, self.request.sampling.num_beams)
+            )
 
-    def with_siblings(self) -> Sequence:
-        """Itself, with as many siblings as its request's beams need."""
-        self.siblings = tuple(
-            Sequence(self.request, self.prefix, self.prompt_ids, leader=self)
-            for _ in range(self.request.sampling.num_beams - 1)
-        )
-        return self
+    @property
+    def beams(self) -> tuple[Sequence, ...]:
+        """Itself and its siblings, one for each beam."""
+        return (self, *self.siblings)
 
     @property
     def prefix_length(self) -> int:

@@ -115,7 +115,7 @@ def run(
             if plan.arrives_at == step:
                 params = SamplingParams(max_new_tokens=plan.new, **plan.params)
                 request = GenerationRequest(str(index), plan.prompt_ids, params)
-                core.add(Sequence(request, prefix_of(loaded, plan), start).with_siblings())
+                core.add(Sequence(request, prefix_of(loaded, plan), start))
             if plan.cancelled_at == step:
                 core.cancel(str(index))
         for request_id, event in core.step().events:
@@ -238,10 +238,10 @@ def test_a_broken_prefix_takes_nobody_with_it(general: bool) -> None:
     huge = torch.full(loaded.spec.shape("decoder", 2), 3e38)
     core = new_core(loaded, special_of(loaded), general=general)
     broken = GenerationRequest("x", PROMPTS[0], SamplingParams(9, num_beams=3))
-    core.add(Sequence(broken, Prefix.of(huge, huge, "x")).with_siblings())
+    core.add(Sequence(broken, Prefix.of(huge, huge, "x")))
     fine = Plan(PROMPTS[1], {"num_beams": 2})
     request = GenerationRequest("y", fine.prompt_ids, SamplingParams(fine.new, **fine.params))
-    core.add(Sequence(request, None).with_siblings())
+    core.add(Sequence(request, None))
     events = []
     while core.has_work:
         events += core.step().events

@@ -52,7 +52,7 @@ class Plan:
     def sequence(self, loaded: LoadedModel, index: int) -> Sequence:
         params = SamplingParams(max_new_tokens=self.max_new_tokens, **self.sampling)
         request = GenerationRequest(str(index), self.prompt_ids, params)
-        return Sequence(request, self.prefix(loaded)).with_siblings()
+        return Sequence(request, self.prefix(loaded))
 
     def prefix(self, loaded: LoadedModel) -> Prefix | None:
         if self.prefix_length == 0:
@@ -229,16 +229,21 @@ def check_greedy(loaded: LoadedModel, plans: list[Plan], found: list[list[TokenE
         assert [e.finish_reason for e in events] == [None] * (len(events) - 1) + [reason]
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize(
     ("ignore_eos", "reasons"),
     [(False, [FinishReason.EOS_TOKEN]), (True, [None, None, FinishReason.LENGTH])],
 )
 def test_the_end_of_a_text_can_be_ignored(
-    tiny_llama: LoadedModel, ignore_eos: bool, reasons: list[FinishReason | None]
+    tiny_llama: LoadedModel,
+    ignore_eos: bool,
+    reasons: list[FinishReason | None],
+    num_beams: int,
 ) -> None:
     every_token = frozenset(range(tiny_llama.model.config.vocab_size))
-    core = EngineCore(choose_runner(tiny_llama, 3, 80), CONFIG, every_token)
-    plan = Plan(0, (7, 8, 9), max_new_tokens=3, sampling={"ignore_eos": ignore_eos})
+    core = EngineCore(choose_runner(tiny_llama, 3, 80), CONFIG, SpecialTokens(every_token))
+    sampling = {"ignore_eos": ignore_eos, "num_beams": num_beams}
+    plan = Plan(0, (7, 8, 9), max_new_tokens=3, sampling=sampling)
     core.add(plan.sequence(tiny_llama, 0))
     events = []
     while core.has_work:

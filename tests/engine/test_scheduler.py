@@ -23,9 +23,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live: list[Sequence] = []
         self.slot_holds: dict[int, Sequence] = {}
 
-    @rule(prompt=st.integers(1, 20))
-    def add(self, prompt: int) -> None:
-        request = GenerationRequest("r", (1,) * prompt, SamplingParams(4))
+    @rule(prompt=st.integers(1, 20), beams=st.sampled_from([1, 1, 2, 3]))
+    def add(self, prompt: int, beams: int) -> None:
+        request = GenerationRequest("r", (1,) * prompt, SamplingParams(4, num_beams=beams))
         sequence = Sequence(request, prefix=None, arrived_at=float(len(self.live)))
         self.scheduler.add(sequence)
         self.live.append(sequence)
@@ -34,15 +34,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def admit(self) -> None:
         longest_waiting = list(self.scheduler.waiting)
         admitted = self.scheduler.admit()
-        assert admitted == longest_waiting[: len(admitted)]
-        for sequence in admitted:
-            self.slot_holds[sequence.slot] = sequence
-        assert not self.scheduler.waiting or len(self.scheduler.running) == MAX_SLOTS
+        leaders = [sequence for sequence in admitted if not sequence.is_sibling]
+        assert leaders == longest_waiting[: len(leaders)]
+        assert admitted == [beam for sequence in leaders for beam in sequence.beams]
+        assert all(len(s.beams) == s.request.sampling.num_beams for s in leaders)
+        for beam in admitted:
+            assert beam.slot not in self.slot_holds
+            self.slot_holds[beam.slot] = beam
+        free = MAX_SLOTS - len(self.scheduler.running)
+        assert not self.scheduler.waiting or len(self.scheduler.waiting[0].beams) > free
 
     @rule()
     def step(self) -> None:
         decoding = [s for s in self.scheduler.running if s.output_ids]
-        prefilling = [s for s in self.scheduler.running if not s.output_ids]
+        prefilling = [s for s in self.scheduler.running if not s.is_sibling and not s.output_ids]
         remaining = sum(len(s.uncomputed_prompt) for s in prefilling)
         spans = self.scheduler.plan()
         chunks = [span for span in spans if not span.sequence.output_ids]
@@ -53,7 +58,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert span.start == span.sequence.length
             span.sequence.length = span.end
             if span.completes_prompt:
-                span.sequence.output_ids.append(1)
+                for beam in span.sequence.beams if span in chunks else [span.sequence]:
+                    beam.output_ids = [*beam.output_ids, 1]
+                    beam.length = span.end
         # None is passed over for one that came later.
         unfinished = [s.arrived_at for s in prefilling if s.uncomputed_prompt]
         latest = max((c.sequence.arrived_at for c in chunks), default=-1.0)
@@ -64,23 +71,29 @@ class SchedulerMachine(RuleBasedStateMachine):
     def remove(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(self.live))
         self.live.remove(sequence)
-        move = self.scheduler.remove(sequence)
-        if move is not None:
+        for beam in sequence.beams if sequence.slot != NO_SLOT else ():
+            del self.slot_holds[beam.slot]
+        for move in self.scheduler.remove(sequence):
             moved = self.slot_holds.pop(move.source)
             assert move.length == moved.length
+            assert move.target not in self.slot_holds
             self.slot_holds[move.target] = moved
+        assert all(beam.slot == NO_SLOT for beam in sequence.beams)
 
     @invariant()
     def slots_are_dense_and_each_holds_its_own_sequence(self) -> None:
         for slot, sequence in enumerate(self.scheduler.running):
             assert sequence.slot == slot
             assert self.slot_holds[slot] is sequence
-        assert len(self.scheduler.running) <= MAX_SLOTS
+        assert len(self.slot_holds) == len(self.scheduler.running) <= MAX_SLOTS
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        held = [*self.scheduler.running, *self.scheduler.waiting]
+        leaders = [s for s in self.scheduler.running if not s.is_sibling]
+        held = [*leaders, *self.scheduler.waiting]
         assert sorted(map(id, held)) == sorted(map(id, self.live))
+        beams = [beam for s in leaders for beam in s.beams]
+        assert sorted(map(id, beams)) == sorted(map(id, self.scheduler.running))
         assert all(s.slot == NO_SLOT for s in self.scheduler.waiting)
 
 
