@@ -39,11 +39,18 @@ class _Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class Reordering:
-    """Slot `targets[i]` is to hold what slot `sources[i]` held before, all at once."""
+    """Slot `targets[i]` is to hold what slot `sources[i]` held before, all at once.
+
+    Attributes:
+        start, end: the positions at which they differ.
+        prefix_length: positions of the task's prefix, which come first and do not differ later.
+    """
 
     sources: tuple[int, ...]
     targets: tuple[int, ...]
-    length: int
+    start: int
+    end: int
+    prefix_length: int
 
 
 class BeamSearch:
@@ -54,7 +61,7 @@ class BeamSearch:
         Args:
             leader: computes the prompt, from which all beams start.
         """
-        self._beams = (leader, *leader.siblings)
+        self._beams = leader.beams
         self._params = leader.request.sampling
         self._special = special
         self._eos = frozenset() if self._params.ignore_eos else special.eos
@@ -159,20 +166,41 @@ class BeamSearch:
 
     def _follow(self, chosen: list[_Candidate]) -> Reordering:
         """Make the chosen candidates the beams."""
-        length = self._beams[0].length
-        outputs = [list(self._beams[c.parent].output_ids) for c in chosen]
+        leader = self._beams[0]
+        outputs = [self._beams[c.parent].output_ids for c in chosen]
         # Until the first token is chosen only the leader's slot is filled.
         parents = [self._beams[c.parent if self._samples[0] else 0] for c in chosen]
         pairs = [
-            (parent.slot, beam.slot)
+            (parent, beam)
             for parent, beam in zip(parents, self._beams, strict=True)
             if parent is not beam
         ]
+        reordering = Reordering(
+            tuple(parent.slot for parent, _ in pairs),
+            tuple(beam.slot for _, beam in pairs),
+            start=self._first_difference(pairs),
+            end=leader.length,
+            prefix_length=leader.prefix_length,
+        )
         self._samples = [(*self._samples[c.parent], c.sample) for c in chosen]
         self._scores = [c.score + _NEVER * c.ends for c in chosen]
         for beam, output, candidate in zip(self._beams, outputs, chosen, strict=True):
             beam.output_ids = [*output, candidate.sample.chosen.token_id]
-            beam.length = length
-        return Reordering(
-            tuple(source for source, _ in pairs), tuple(target for _, target in pairs), length
-        )
+            beam.length = leader.length
+        return reordering
+
+    def _first_difference(self, pairs: list[tuple[Sequence, Sequence]]) -> int:
+        """The first position at which the slots of a pair of beams differ.
+
+        Beams part late: to copy the prompt each time would take as long as the model's step.
+        """
+        if not self._samples[0]:
+            return 0
+        shared = [_shared(parent.output_ids, beam.output_ids) for parent, beam in pairs]
+        return self._beams[0].prompt_end + min(shared, default=0)
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts of one length have in common before they part."""
+    pairs = enumerate(zip(one, other, strict=True))
+    return next((i for i, (a, b) in pairs if a != b), len(one))

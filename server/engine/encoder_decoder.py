@@ -71,7 +71,7 @@ class EncoderDecoderRunner:
 
     def reorder(self, reordering: Reordering) -> None:
         """See `Runner.reorder`: beams read one source, which each slot is given once."""
-        self._own.reorder(reordering.sources, reordering.targets, reordering.length)
+        self._own.reorder(reordering)
         for source, target in zip(reordering.sources, reordering.targets, strict=True):
             length = self._cross_lengths[source]
             if self._cross_lengths[target] != length:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.groups import KeysValues
+from server.engine.beam_search import Reordering
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +100,12 @@ class SlotCache(Cache):
         self.keys[:, target, :, :length].copy_(self.keys[:, source, :, :length])
         self.values[:, target, :, :length].copy_(self.values[:, source, :, :length])
 
-    def reorder(self, sources: Rows[int], targets: Rows[int], length: int) -> None:
-        """Copy the first `length` positions of slots over other slots, all at once."""
+    def reorder(self, reordering: Reordering) -> None:
+        """Copy positions of slots over those of other slots, all at once."""
+        sources, targets = list(reordering.sources), list(reordering.targets)
+        changed = slice(reordering.start, reordering.end)
         for memory in (self.keys, self.values):
-            memory[:, list(targets), :, :length] = memory[:, list(sources), :, :length]
+            memory[:, targets, :, changed] = memory[:, sources, :, changed]
 
     def clear(self, slot: int) -> None:
         """Zero a slot that may hold NaN or infinities, which a later occupant would inherit."""

@@ -60,10 +60,12 @@ class PackedRunner:
             memory[:, move.target, :, : move.length] = memory[:, move.source, :, : move.length]
 
     def reorder(self, reordering: Reordering) -> None:
-        """See `Runner.reorder`."""
+        """See `Runner.reorder`: the prefix is in no slot."""
         sources, targets = list(reordering.sources), list(reordering.targets)
+        first = max(0, reordering.start - reordering.prefix_length)
+        own = slice(first, reordering.end - reordering.prefix_length)
         for memory in (self._keys, self._values):
-            memory[:, targets, :, : reordering.length] = memory[:, sources, :, : reordering.length]
+            memory[:, targets, :, own] = memory[:, sources, :, own]
 
     def clear(self, slot: int) -> None:
         """See `Runner.clear`: no row reads a position that its own sequence has not written."""

@@ -83,7 +83,7 @@ class TransformersRunner:
 
     def reorder(self, reordering: Reordering) -> None:
         """See `Runner.reorder`."""
-        self._cache.reorder(reordering.sources, reordering.targets, reordering.length)
+        self._cache.reorder(reordering)
 
     def clear(self, slot: int) -> None:
         """See `Runner.clear`: what is masked is still multiplied, and 0 x NaN is NaN."""

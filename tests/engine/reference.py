@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache
 
@@ -44,3 +46,27 @@ def greedy(
         return_dict_in_generate=True,
     )
     return output.sequences[0, input_ids.shape[1] :].tolist(), torch.cat(output.logits).float()
+
+
+@torch.inference_mode()
+def searched(
+    loaded: LoadedModel, prefix: Prefix | None, prompt_ids: tuple[int, ...], **settings: Any
+) -> list[int]:
+    """What beam search in `generate` finds for this request alone; `settings` are generate's."""
+    length = 0 if prefix is None else prefix.prefix_length
+    cache = None if prefix is None else as_cache(prefix)
+    if cache is not None:
+        cache.batch_repeat_interleave(settings["num_beams"])
+    # In the prefix's place ids that no n-gram of the text has; generate skips them.
+    vocab = loaded.model.config.vocab_size
+    input_ids = torch.tensor([[*range(vocab, vocab + length), *prompt_ids]])
+    output = loaded.model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        past_key_values=cache,
+        do_sample=False,
+        pad_token_id=0,
+        **settings,
+    )
+    found: list[int] = output[0, input_ids.shape[1] :].tolist()
+    return found
