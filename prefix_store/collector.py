@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
+from prefix_store.ending import end
 from prefix_store.errors import StoreUnavailableError
 from prefix_store.store import PrefixStore
 
@@ -22,9 +23,7 @@ async def collecting(store: PrefixStore) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
+        await end(running)
 
 
 async def _collect(store: PrefixStore) -> None:

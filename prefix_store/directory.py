@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
+from prefix_store.ending import end
 from prefix_store.errors import StoreUnavailableError, UnknownTaskError
 from prefix_store.store import PrefixStore
 from prefix_store.task import Task
@@ -77,12 +78,7 @@ class TaskDirectory:
 
     async def close(self) -> None:
         """Stop following, and look-ups under way."""
-        running = {*self._running, *([self._following] if self._following else [])}
-        # Again, since the client loses a cancellation that comes while it connects anew.
-        while running:
-            for task in running:
-                task.cancel()
-            _, running = await asyncio.wait(running, timeout=RETRY_SECONDS)
+        await end(*self._running, *([self._following] if self._following else []))
 
     async def get(self, task_id: str) -> Task:
         """The task; at most a second old while the store is connected.

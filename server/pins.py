@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
+from prefix_store.ending import end
 from prefix_store.errors import (
     PinsFullError,
     PrefixStoreError,
@@ -72,8 +73,7 @@ class Pins:
     async def close(self) -> None:
         """Stop following; what is pinned stays so."""
         if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+            await end(self._following)
 
     async def _follow(self, synced: bool) -> None:
         while True:
