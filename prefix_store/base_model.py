@@ -22,13 +22,11 @@ class EncoderSpec:
 
     Attributes:
         num_layers, num_heads, head_dim: as `BaseModelSpec` has them of the decoder.
-        max_positions: longest source that it has positions for.
     """
 
     num_layers: int
     num_heads: int
     head_dim: int
-    max_positions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,8 @@ class BaseModelSpec:
         num_layers, num_kv_heads, head_dim: sizes of a prefix,
             `[num_layers, num_kv_heads, prefix_length, head_dim]`.
         embedding_size: size of a soft prompt's embeddings, `[prefix_length, embedding_size]`.
-        max_positions: longest sequence, prefix included, that the model has positions for.
+        max_positions: longest sequence, prefix included, that the model has positions for; with an
+            encoder, longest source too.
         encoder: of an encoder-decoder model, whose decoder the sizes above are of.
     """
 
@@ -89,8 +88,9 @@ _RELATIVE_POSITIONS = 1_000_000
 
 
 def _encoder_decoder(model: PreTrainedModel, name: str) -> BaseModelSpec:
-    encoder, decoder = (model.config.get_text_config(**{part: True}) for part in _PARTS)
-    positions = getattr(model.config, "max_position_embeddings", None) or _RELATIVE_POSITIONS
+    encoder = model.config.get_text_config(encoder=True)
+    decoder = model.config.get_text_config(decoder=True)
+    positions = getattr(model.config, "max_position_embeddings", None)
     return BaseModelSpec(
         name=name,
         fingerprint=fingerprint(model),
@@ -99,14 +99,11 @@ def _encoder_decoder(model: PreTrainedModel, name: str) -> BaseModelSpec:
         num_kv_heads=decoder.num_attention_heads,
         head_dim=_head_dim(decoder),
         embedding_size=cast("nn.Embedding", model.get_input_embeddings()).embedding_dim,
-        max_positions=positions,
+        max_positions=positions or _RELATIVE_POSITIONS,
         encoder=EncoderSpec(
-            encoder.num_hidden_layers, encoder.num_attention_heads, _head_dim(encoder), positions
+            encoder.num_hidden_layers, encoder.num_attention_heads, _head_dim(encoder)
         ),
     )
-
-
-_PARTS = ("encoder", "decoder")
 
 
 def _head_dim(config: PreTrainedConfig) -> int:

@@ -28,7 +28,7 @@ class KeysValues:
     Attributes:
         keys, values: `[num_layers, num_kv_heads, prefix_length, head_dim]`, float16, bfloat16 or
             float32, finite, as the attention uses them (a rotary model's keys are already rotated).
-        group: what messages call it.
+        group: where attention reads them.
 
     Raises:
         InvalidPrefixError: a tensor is not as above.
@@ -39,7 +39,7 @@ class KeysValues:
     group: Group = DECODER
 
     def __post_init__(self) -> None:
-        for name, tensor in self.named(self.group).items():
+        for name, tensor in self.named().items():
             check_tensor(name, tensor, ndim=4)
         if (self.keys.shape, self.keys.dtype) != (self.values.shape, self.values.dtype):
             keys, values = group_tensors(self.group)
@@ -58,9 +58,9 @@ class KeysValues:
         """Bytes of both tensors."""
         return self.keys.nbytes + self.values.nbytes
 
-    def named(self, group: Group) -> dict[str, torch.Tensor]:
+    def named(self) -> dict[str, torch.Tensor]:
         """Both tensors by their names in a file."""
-        return dict(zip(group_tensors(group), (self.keys, self.values), strict=True))
+        return dict(zip(group_tensors(self.group), (self.keys, self.values), strict=True))
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> KeysValues:
         """With both tensors changed; itself if nothing changes."""

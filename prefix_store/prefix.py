@@ -135,8 +135,8 @@ class Prefix:
             metadata[_GROUPS] = sorted(self.groups)
         tensors = {
             name: _own_copy(tensor)
-            for group, keys_values in self.groups.items()
-            for name, tensor in keys_values.named(group).items()
+            for keys_values in self.groups.values()
+            for name, tensor in keys_values.named().items()
         }
         return save_safetensors(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
 

@@ -101,22 +101,18 @@ class EngineCore:
         for span in spans:
             span.sequence.length = span.end
         ending = [i for i, span in enumerate(spans) if span.completes_prompt]
-        rows = {id(spans[i].sequence): i for i in ending}
-        alone = [i for i in ending if spans[i].sequence.request.request_id not in self._searches]
-        searches = dict.fromkeys(
-            request_id
-            for i in ending
-            if (request_id := spans[i].sequence.request.request_id) in self._searches
-        )
+        alone = [i for i in ending if not spans[i].sequence.is_beam]
+        beams = {id(spans[i].sequence): i for i in ending if spans[i].sequence.is_beam}
         events = []
         if alone:
             sequences = [spans[i].sequence for i in alone]
             own = logits if len(alone) == len(spans) else logits[alone]
             samples = sample(own, sequences, self._special)
             events = list(map(self._advance, sequences, samples))
-        for request_id in searches:
-            beams = [rows[id(beam)] for beam in self._searches[request_id].running]
-            events += self._search(request_id, logits[beams])
+        for request_id, search in tuple(self._searches.items()):
+            rows = [beams[id(beam)] for beam in search.running if id(beam) in beams]
+            if rows:  # it has its prompt, and a slot
+                events += self._search(request_id, logits[rows])
         return events
 
     def _search(self, request_id: str, logits: torch.Tensor) -> list[Event]:

@@ -18,6 +18,7 @@ from prefix_store.prefix_attention import AttentionPrefixes, RowPrefixes
 from server.engine.beam_search import Reordering
 from server.engine.decoder_positions import DecoderPositions
 from server.engine.kv_cache import CrossCache, SlotCache, Window
+from server.engine.runner import additive_mask, single_tokens
 from server.engine.scheduler import SlotMove, Span
 from server.engine.sequence import Sequence
 
@@ -128,7 +129,7 @@ class EncoderDecoderRunner:
         prefixes = [sequence.prefix for sequence in sequences]
         hidden: Tensor = self._encoder(
             input_ids=input_ids,
-            attention_mask=self._additive(is_source[:, None, None]),
+            attention_mask=self._additive(is_source),
             prefixes=AttentionPrefixes({ENCODER: rows} if (rows := self._rows(prefixes)) else {}),
         ).last_hidden_state
         return hidden
@@ -151,7 +152,7 @@ class EncoderDecoderRunner:
             [group.prefix_length if group else 0 for group in groups], device=self._device
         )
         is_prefix = torch.arange(longest, device=self._device) < lengths[:, None]
-        return RowPrefixes(keys, values, self._additive(is_prefix[:, None, None]))
+        return RowPrefixes(keys, values, self._additive(is_prefix))
 
     def _later(self, spans: Rows[Span]) -> Tensor:
         """One token of slots 0 .. n - 1, which cover the spans and are read without a copy.
@@ -159,13 +160,9 @@ class EncoderDecoderRunner:
         Slots in that range without a span go along: they write to scratch, and nobody reads their
         logits.
         """
-        slots = [span.sequence.slot for span in spans]
-        count = max(slots) + 1
-        tokens, positions, write_at = [0] * count, [0] * count, [self._own.scratch] * count
-        for slot, span in zip(slots, spans, strict=True):
-            tokens[slot] = span.token_ids[0]
-            positions[slot] = write_at[slot] = span.start
-        return self._decode(slice(0, count), tokens, positions, write_at)[slots]
+        tokens, positions, write_at = single_tokens(spans, self._own.scratch)
+        logits = self._decode(slice(0, len(tokens)), tokens, positions, write_at)
+        return logits[[span.sequence.slot for span in spans]]
 
     def _decode(
         self,
@@ -203,9 +200,9 @@ class EncoderDecoderRunner:
         with self._positions.given(at):
             output = self._model(
                 encoder_outputs=(hidden,),
-                attention_mask=self._additive(sees_source[:, None, None]),
+                attention_mask=self._additive(sees_source),
                 decoder_input_ids=self._column(tokens),
-                decoder_attention_mask=self._additive(sees_own[:, None, None]),
+                decoder_attention_mask=self._additive(sees_own),
                 past_key_values=cache,
                 use_cache=True,
                 prefixes=AttentionPrefixes(decoder_bias=self._positions.bias(at, own.length)),
@@ -214,8 +211,8 @@ class EncoderDecoderRunner:
         return logits
 
     def _additive(self, visible: Tensor) -> Tensor:
-        mask = torch.zeros(visible.shape, dtype=self._dtype, device=self._device)
-        return mask.masked_fill_(~visible, torch.finfo(self._dtype).min)
+        """For every head and query: `visible` is `[rows, keys]`."""
+        return additive_mask(visible[:, None, None], self._dtype)
 
     def _column(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self._device)[:, None]

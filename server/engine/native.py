@@ -166,10 +166,9 @@ class NativeEngine:
 
     def room(self, prompt_tokens: int, prefix_length: int) -> int:
         """See `Engine.room`."""
-        encoder = self.spec.encoder
-        if encoder is None:
+        if self.spec.encoder is None:
             return self.max_length - prefix_length - prompt_tokens
-        longest = min(encoder.max_positions, self._config.max_length - prefix_length)
+        longest = self.max_length - prefix_length
         if prompt_tokens > longest:
             raise RequestTooLongError(
                 f"the input has {prompt_tokens} tokens; the encoder of {self.spec.name!r} reads at "

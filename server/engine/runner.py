@@ -111,12 +111,9 @@ class TransformersRunner:
         if self._static:
             tokens_of = (span.token_ids[0] for span in spans)
             return self._static(slots, tokens_of, [span.start for span in spans])
-        count = max(slots) + 1
-        tokens, positions, write_at = [0] * count, [0] * count, [self._cache.scratch] * count
-        for slot, span in zip(slots, spans, strict=True):
-            tokens[slot] = span.token_ids[0]
-            positions[slot] = write_at[slot] = span.start
-        window = Window(slice(0, count), self._column(write_at), length=max(positions) + 1)
+        tokens, positions, write_at = single_tokens(spans, self._cache.scratch)
+        rows = slice(0, len(tokens))
+        window = Window(rows, self._column(write_at), length=max(positions) + 1)
         return self._forward(self._column(tokens), self._column(positions), window)[slots]
 
     @torch.inference_mode()
@@ -153,12 +150,10 @@ class TransformersRunner:
         self, input_ids: torch.Tensor, positions: torch.Tensor, window: Window
     ) -> torch.Tensor:
         visible = self._positions[: window.length] <= positions[:, None, :, None]
-        mask = torch.zeros(visible.shape, dtype=self._dtype, device=self._device)
-        mask.masked_fill_(~visible, torch.finfo(self._dtype).min)
         self._cache.select(window)
         output = self._model(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=additive_mask(visible, self._dtype),
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
@@ -177,6 +172,26 @@ class TransformersRunner:
             padding_value=padding,
             padding_side="left",
         ).to(self._device)
+
+
+def single_tokens(spans: Rows[Span], scratch: int) -> tuple[list[int], list[int], list[int]]:
+    """Token, position and where its key goes, of slots 0 .. n - 1, which cover spans of one token.
+
+    A slot without a span writes to `scratch`.
+    """
+    count = 1 + max(span.sequence.slot for span in spans)
+    tokens, positions, write_at = [0] * count, [0] * count, [scratch] * count
+    for span in spans:
+        slot = span.sequence.slot
+        tokens[slot] = span.token_ids[0]
+        positions[slot] = write_at[slot] = span.start
+    return tokens, positions, write_at
+
+
+def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where `visible`, and what no score outweighs elsewhere."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def transformers_runner(

@@ -51,6 +51,11 @@ class Sequence:
             )
 
     @property
+    def is_beam(self) -> bool:
+        """True for the sequences of a beam search."""
+        return self.is_sibling or bool(self.siblings)
+
+    @property
     def beams(self) -> tuple[Sequence, ...]:
         """Itself and its siblings, one for each beam."""
         return (self, *self.siblings)

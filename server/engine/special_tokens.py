@@ -27,33 +27,28 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> SpecialTokens:
-        """From the model's generation config, and where that has none from its config.
+        """From the model's generation config; `decoder_start` may be in its config alone.
 
         Raises:
             ModelLoadError: an encoder-decoder model does not say what a text starts from.
         """
+        generation: Any = loaded.model.generation_config
         start = None
         if loaded.spec.encoder is not None:
-            start = _first(_configured(loaded, "decoder_start_token_id"))
+            configs = (generation, loaded.model.config)
+            found = (getattr(config, "decoder_start_token_id", None) for config in configs)
+            start = next((token_id for token_id in found if token_id is not None), None)
             if start is None:
                 raise ModelLoadError(
                     f"the config of {loaded.spec.name!r} has no decoder_start_token_id, the token "
                     "that every text starts from; set it in generation_config.json"
                 )
-        generation: Any = loaded.model.generation_config
         return cls(
             eos=frozenset(_ids(getattr(generation, "eos_token_id", None))),
             decoder_start=start,
             forced_bos=_first(getattr(generation, "forced_bos_token_id", None)),
             forced_eos=_first(getattr(generation, "forced_eos_token_id", None)),
         )
-
-
-def _configured(loaded: LoadedModel, name: str) -> Any:
-    for config in (loaded.model.generation_config, loaded.model.config):
-        if (value := getattr(config, name, None)) is not None:
-            return value
-    return None
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

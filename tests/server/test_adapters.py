@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.model_loading import LoadedModel
+from tests.server.adapters import saved_adapter
 from tests.server.live import LiveServer, live_server
 
 PROMPT = "Once upon a time"
@@ -91,16 +91,8 @@ def peft_adapter(
     prompt = loaded.tokenizer(PROMPT, return_tensors="pt")
     with torch.inference_mode():
         output = adapted.eval().generate(**prompt, max_new_tokens=NEW, do_sample=False)
-    adapted.save_pretrained(folder)
-    # PEFT names the folder that it loaded from; here that is a cache's.
-    written = json.loads((folder / "adapter_config.json").read_text())
-    written["base_model_name_or_path"] = loaded.spec.name
-    files = {
-        "adapter_config.json": json.dumps(written).encode(),
-        "adapter_model.safetensors": (folder / "adapter_model.safetensors").read_bytes(),
-    }
     new = output[0, prompt["input_ids"].shape[1] :].tolist()
-    return [("file", item) for item in files.items()], new
+    return saved_adapter(adapted, loaded, folder), new
 
 
 def uploaded(server: LiveServer, task_id: str, files: Any) -> dict[str, Any]:

@@ -13,44 +13,36 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save
-from transformers import AutoModelForSeq2SeqLM, BartConfig, T5Config
+from transformers import AutoModelForSeq2SeqLM
 
 from prefix_store.groups import CROSS, DECODER, ENCODER, GROUPS
 from prefix_store.model_loading import LoadedModel, load_base_model
 from prefix_store.prefix import METADATA_KEY, Prefix
+from tests.conftest import TINY_ENCODER_DECODERS
 from tests.engine.seq2seq_reference import greedy, random_groups
+from tests.server.adapters import saved_adapter
 from tests.server.live import LiveServer, live_server
 
-POSITIONS = 128
 NEW = 12
 SOURCE = "Once upon a time there was a fox"
-SIZES: dict[str, Any] = {"d_model": 32, "pad_token_id": 0, "decoder_start_token_id": 2}
-SHAPES = {
-    "bart": BartConfig(
-        **SIZES,
-        encoder_layers=3,
-        decoder_layers=3,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_position_embeddings=POSITIONS,
-        forced_eos_token_id=None,
-    ),
-    "t5": T5Config(**SIZES, d_kv=8, d_ff=48, num_layers=3, num_heads=4, tie_word_embeddings=False),
+# PEFT wants as many layers and heads in the decoder as in the encoder.
+EQUAL = {
+    "bart": {"decoder_layers": 3, "decoder_attention_heads": 4},
+    "t5": {"d_kv": 8, "num_heads": 4},
 }
 
 
-@pytest.fixture(scope="module", params=sorted(SHAPES))
+@pytest.fixture(scope="module", params=sorted(EQUAL))
 def loaded(
     request: pytest.FixtureRequest, smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> LoadedModel:
     """A tiny random model of each shape, never ending a text, with the real tokenizer."""
     folder = tmp_path_factory.mktemp("models") / f"tiny-{request.param}"
     torch.manual_seed(17)
-    config = copy.deepcopy(SHAPES[request.param])
-    config.vocab_size = smollm2.model.config.vocab_size
-    config.eos_token_id = None
+    config = copy.deepcopy(TINY_ENCODER_DECODERS[request.param])
+    sizes = {"vocab_size": smollm2.model.config.vocab_size, "eos_token_id": None}
+    for name, value in (sizes | EQUAL[request.param]).items():
+        setattr(config, name, value)
     model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     with torch.no_grad():  # so that no text says the same all the time
@@ -114,14 +106,7 @@ def test_a_peft_adapter_generates_what_peft_does(
     source = loaded.tokenizer(SOURCE, return_tensors="pt")
     with torch.inference_mode():
         output = adapted.eval().generate(**source, max_new_tokens=NEW, do_sample=False)
-    adapted.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "adapter_config.json").read_text())
-    written["base_model_name_or_path"] = loaded.spec.name
-    weights = (tmp_path / "adapter_model.safetensors").read_bytes()
-    files = [
-        ("file", ("adapter_config.json", json.dumps(written).encode())),
-        ("file", ("adapter_model.safetensors", weights)),
-    ]
+    files = saved_adapter(adapted, loaded, tmp_path)
     answer = served.client.put("/admin/tasks/peft", files=files)
     assert answer.status_code == 201, answer.text
     told = ids_of(served.generate(SOURCE, "peft", max_new_tokens=NEW, details=True))
@@ -172,8 +157,8 @@ def test_a_group_missing_that_the_metadata_names(
 def test_groups_of_different_lengths(served: LiveServer, loaded: LoadedModel) -> None:
     long, short = (random_groups(loaded, (ENCODER, DECODER), n, seed=1) for n in (5, 4))
     tensors = {
-        **long.groups[ENCODER].named(ENCODER),
-        **short.groups[DECODER].named(DECODER),
+        **long.groups[ENCODER].named(),
+        **short.groups[DECODER].named(),
     }
     metadata = {METADATA_KEY: _metadata(short.to_bytes())}
     assert "prefix length" in refused(served, save(tensors, metadata))
