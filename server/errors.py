@@ -13,5 +13,9 @@ class InvalidRequestError(ServerError):
     """The request cannot be carried out as it is."""
 
 
+class ForbiddenError(ServerError):
+    """The caller may not do this."""
+
+
 class DrainingError(ServerError):
     """The server is shutting down and takes no new work."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from prefix_store.errors import CorruptArtefactError, UnknownVersionError
 from prefix_store.prefix import SOURCE
 from prefix_store.task import TaskRecord
+from server.callers import Caller
 from server.detokenizer import Detokenizer
 from server.engine.protocol import (
     Engine,
@@ -41,8 +42,9 @@ class GenerationJob:
 
     Attributes:
         task_id: whose prefix to use; None for the bare base model.
+        caller: who asks.
         sampling: its `max_new_tokens` and `seed` are replaced by the two below.
-        user: who asks; gets the same version of a split task each time.
+        user: whoever it is for; gets the same version of a split task each time.
         max_new_tokens: None for up to `DEFAULT_NEW_TOKENS`, fewer where fewer fit.
         seed: None for a random one for each input.
         stop: strings that end the text.
@@ -51,6 +53,7 @@ class GenerationJob:
 
     inputs: tuple[str, ...]
     task_id: str | None
+    caller: Caller
     sampling: SamplingParams
     user: str | None = None
     max_new_tokens: int | None = None

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from server.api.conversion import event_of, job_of, response_of
 from server.api.errors import CLIENT_GONE, answer_to
 from server.api.schemas import GenerateRequest, GenerateResponse
+from server.callers import Caller
 from server.generation import Chunk, Generation
 from server.metrics import OTHER_LABEL, Metrics
 from server.services import Services
@@ -27,11 +28,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-async def answer(services: Services, request: GenerateRequest) -> list[GenerateResponse]:
+async def answer(
+    services: Services, caller: Caller, request: GenerateRequest
+) -> list[GenerateResponse]:
     """Generate for every input; all or nothing."""
     wants_details = bool(request.parameters and request.parameters.details)
     with _counted(services.metrics, request):
-        job = job_of(request, stream=False)
+        job = job_of(request, caller, stream=False)
         async with services.generator.run(job) as generations:
             chunks = await _all([_collect(generation) for generation in generations])
     return [
@@ -40,9 +43,9 @@ async def answer(services: Services, request: GenerateRequest) -> list[GenerateR
     ]
 
 
-async def stream(services: Services, request: GenerateRequest) -> EventStream:
+async def stream(services: Services, caller: Caller, request: GenerateRequest) -> EventStream:
     """Start generating; an error up to here is the answer, a later one is the last event."""
-    events = _events(services, request)
+    events = _events(services, caller, request)
     await anext(events)
     return EventStream(events)
 
@@ -98,10 +101,12 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _events(services: Services, request: GenerateRequest) -> AsyncGenerator[bytes]:
+async def _events(
+    services: Services, caller: Caller, request: GenerateRequest
+) -> AsyncGenerator[bytes]:
     """An empty item once the job runs, then each token's event."""
     with _counted(services.metrics, request):
-        job = job_of(request, stream=True)
+        job = job_of(request, caller, stream=True)
         async with services.generator.run(job) as [generation]:
             yield b""
             prompt = _prompt(request, job.inputs[0])

@@ -15,6 +15,7 @@ from server.api.schemas import (
     StreamEvent,
     Token,
 )
+from server.callers import Caller
 from server.engine.protocol import SamplingParams
 from server.errors import InvalidRequestError
 from server.generation import Chunk, Finish, GenerationJob, Usage
@@ -36,7 +37,7 @@ _TAKEN_AS_GIVEN = {
 _NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 
 
-def job_of(request: GenerateRequest, *, stream: bool) -> GenerationJob:
+def job_of(request: GenerateRequest, caller: Caller, *, stream: bool) -> GenerationJob:
     """What the generator is asked to do.
 
     Raises:
@@ -53,6 +54,7 @@ def job_of(request: GenerateRequest, *, stream: bool) -> GenerationJob:
     return GenerationJob(
         inputs=inputs,
         task_id=_task_id(request.task_id, parameters.adapter_id),
+        caller=caller,
         sampling=_sampling(parameters),
         user=request.user,
         max_new_tokens=parameters.max_new_tokens,

@@ -29,7 +29,7 @@ from prefix_store.errors import (
 )
 from server.api.schemas import ErrorResponse
 from server.engine.protocol import EngineFailedError, QueueFullError, RequestTooLongError
-from server.errors import DrainingError, InvalidRequestError
+from server.errors import DrainingError, ForbiddenError, InvalidRequestError
 
 _SHOWN_CHARS = 80
 _MOST_FIELDS = 5
@@ -55,6 +55,7 @@ class ErrorAnswer:
 
 # The first line that fits counts. Every text of these errors is written for the end user.
 _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
+    (ForbiddenError, 403, "forbidden", {}),
     (UnknownTaskError, 404, "not_found", {}),
     (UnknownVersionError, 404, "not_found", {}),
     (PinsFullError, 409, "conflict", {}),

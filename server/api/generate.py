@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from starlette.responses import Response
 
 from server.api import answering
-from server.api.dependencies import ServicesDep
+from server.api.dependencies import GenerateCaller, ServicesDep
 from server.api.parameters import MAX_STOP_STRINGS
 from server.api.schemas import (
     E2E_EXAMPLE,
@@ -46,14 +46,16 @@ GenerateBody = Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)]
 @router.post(
     "/generate", response_model=GenerateResponse | list[GenerateResponse], responses=_ERRORS
 )
-async def generate(body: GenerateBody, request: Request, services: ServicesDep) -> Response:
+async def generate(
+    body: GenerateBody, request: Request, services: ServicesDep, caller: GenerateCaller
+) -> Response:
     """Continue one text, or each of a list.
 
     With `"stream": true` it answers as `POST /generate_stream` does.
     """
     if body.stream:
-        return await answering.stream(services, body)
-    answers = await answering.while_connected(request, answering.answer(services, body))
+        return await answering.stream(services, caller, body)
+    answers = await answering.while_connected(request, answering.answer(services, caller, body))
     if isinstance(body.inputs, str):
         return _json(answers[0].model_dump_json(exclude_unset=True))
     return _json(_ANSWERS.dump_json(answers, exclude_unset=True))
@@ -66,24 +68,26 @@ async def generate(body: GenerateBody, request: Request, services: ServicesDep) 
     status_code=200,
     responses=_ERRORS,
 )
-async def generate_stream(body: GenerateBody, services: ServicesDep) -> Response:
+async def generate_stream(
+    body: GenerateBody, services: ServicesDep, caller: GenerateCaller
+) -> Response:
     """Continue one text, token by token, as server-sent events.
 
     Each event is a line `data:{...}` and an empty line. The texts of the tokens that are not
     special add up to `generated_text`. When generating fails midway, the last event is
     `{"error": ..., "error_type": ...}`. Closing the connection stops the generation.
     """
-    return await answering.stream(services, body)
+    return await answering.stream(services, caller, body)
 
 
 @router.post("/", response_model=list[GenerateResponse], responses=_ERRORS)
 async def generate_compatible(
-    body: GenerateBody, request: Request, services: ServicesDep
+    body: GenerateBody, request: Request, services: ServicesDep, caller: GenerateCaller
 ) -> Response:
     """What text-generation-inference's clients call: always a list, or events to stream."""
     if body.stream:
-        return await answering.stream(services, body)
-    answers = await answering.while_connected(request, answering.answer(services, body))
+        return await answering.stream(services, caller, body)
+    answers = await answering.while_connected(request, answering.answer(services, caller, body))
     return _json(_ANSWERS.dump_json(answers, exclude_unset=True))
 
 

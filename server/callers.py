@@ -1,0 +1,34 @@
+"""Who sends a request, and what they may do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+DEFAULT_TENANT = "default"
+
+
+class Scope(StrEnum):
+    """What a key allows."""
+
+    GENERATE = "generate"
+    ADMIN = "admin"
+    METRICS = "metrics"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request.
+
+    Attributes:
+        tenant: whose tasks they are, and who is accounted for the work.
+        key_id: the public part of the API key, to be named in logs; None without authentication.
+    """
+
+    tenant: str
+    key_id: str | None
+    scopes: frozenset[Scope]
+
+
+ANYBODY = Caller(DEFAULT_TENANT, None, frozenset(Scope))
+"""Every caller of a server without authentication."""
