@@ -28,8 +28,8 @@ from benchmarks.common import (
 from benchmarks.products import Step, onednn_step, own_step
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
+from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore
-from server.engine.native import choose_runner
 from server.engine.packed_model import pack
 from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams
 from server.engine.runner import Runner

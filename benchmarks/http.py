@@ -47,7 +47,7 @@ from benchmarks.common import (
     report,
 )
 from benchmarks.engine import MAX_LENGTH, MAX_SLOTS, decode_rate
-from server.engine.native import choose_runner
+from server.engine.choose_runner import choose_runner
 
 SEQUENCES = 32
 READY_SECONDS = 60

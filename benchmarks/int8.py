@@ -21,8 +21,8 @@ from clients.training.examples import encode_rows
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.demo_tasks import DEMO_TASKS
+from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore
-from server.engine.native import choose_runner
 from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams, TokenEvent
 from server.engine.runner import Runner
 from server.engine.scheduler import Span

@@ -14,7 +14,7 @@ from functools import partial
 from benchmarks.common import alternate, arguments, load_model, prompts, random_prefix, report
 from benchmarks.engine import MAX_SLOTS, decode_rate
 from prefix_store.prefix import Prefix
-from server.engine.native import choose_runner
+from server.engine.choose_runner import choose_runner
 
 SEQUENCES, LENGTH, NEW_TOKENS = 32, 2048, 16
 MAX_LENGTH = 2048 + 256

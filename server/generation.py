@@ -13,21 +13,19 @@ from prefix_store.errors import CorruptArtefactError, UnknownVersionError
 from prefix_store.prefix import SOURCE
 from prefix_store.task import TaskRecord
 from server.callers import Caller
-from server.detokenizer import Detokenizer
+from server.chunks import Chunk, TextAssembler
 from server.engine.protocol import (
     Engine,
     EngineFailedError,
-    FinishReason,
     GenerationRequest,
     RequestTooLongError,
     SamplingParams,
-    TokenEvent,
-    TokenLogprob,
     TokenStream,
 )
 from server.errors import DrainingError, InvalidRequestError
-from server.metrics import Metrics, SplitSequence
+from server.metrics import Metrics
 from server.residency import ResidentPrefixes
+from server.sequence_clock import SequenceClock
 from server.tasks import TaskService
 from server.tokenization import TextTokenizer
 
@@ -63,35 +61,6 @@ class GenerationJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
-    """A token as clients see it; `text` may be empty while a character is incomplete."""
-
-    id: int
-    text: str
-    logprob: float
-    special: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """How a sequence ended."""
-
-    generated_text: str
-    reason: FinishReason
-    generated_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One generated token, numbered from 1; the last one has `finish`."""
-
-    index: int
-    token: Token
-    top: tuple[Token, ...]
-    finish: Finish | None
-
-
-@dataclass(frozen=True, slots=True)
 class Usage:
     """What a sequence was generated from.
 
@@ -112,7 +81,7 @@ class Generation:
     """One sequence on its way. Iterate once."""
 
     def __init__(
-        self, usage: Usage, stream: TokenStream, text: _TextAssembler, clock: _Clock
+        self, usage: Usage, stream: TokenStream, text: TextAssembler, clock: SequenceClock
     ) -> None:
         self.usage = usage
         self._stream = stream
@@ -202,10 +171,10 @@ class Generator:
         for request in requests:
             stream = self._engine.submit(request)
             stack.push_async_callback(stream.aclose)
-            clock = _Clock(self._metrics, label, started, len(request.prompt_ids))
+            clock = SequenceClock(self._metrics, label, started, len(request.prompt_ids))
             if record is not None and split:
                 clock.compare(self._metrics.splits.started(label, record.version))
-            text = _TextAssembler(self._tokenizer, job.stop)
+            text = TextAssembler(self._tokenizer, job.stop)
             generations.append(Generation(_usage(request, record), stream, text, clock))
         return generations
 
@@ -287,62 +256,3 @@ def _usage(request: GenerationRequest, record: TaskRecord | None) -> Usage:
         prompt_tokens=len(request.prompt_ids),
         seed=request.sampling.seed if request.sampling.do_sample else None,
     )
-
-
-class _TextAssembler:
-    """Turns one sequence's token events into chunks of text."""
-
-    def __init__(self, tokenizer: TextTokenizer, stop: tuple[str, ...]) -> None:
-        self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer, stop)
-        self._count = 0
-
-    def chunk(self, event: TokenEvent) -> Chunk:
-        self._count += 1
-        chosen, reason = event.chosen, event.finish_reason
-        added = self._detokenizer.push(chosen.token_id, last=reason is not None)
-        if added.stopped:
-            reason = FinishReason.STOP_SEQUENCE
-        finish = None if reason is None else Finish(self._detokenizer.text, reason, self._count)
-        token = Token(chosen.token_id, added.text, chosen.logprob, added.special)
-        return Chunk(self._count, token, tuple(map(self._alternative, event.top)), finish)
-
-    def _alternative(self, token: TokenLogprob) -> Token:
-        text = self._tokenizer.token_text(token.token_id)
-        special = self._tokenizer.is_special(token.token_id)
-        return Token(token.token_id, text, token.logprob, special)
-
-
-class _Clock:
-    """Measures one sequence."""
-
-    def __init__(self, metrics: Metrics, label: str, started: float, prompt_tokens: int) -> None:
-        self._metrics = metrics
-        self._started = started
-        self._last: float | None = None
-        self._generated = metrics.generated_tokens.labels(label)
-        self._compared: SplitSequence | None = None
-        metrics.prompt_tokens.labels(label).inc(prompt_tokens)
-
-    def compare(self, sequence: SplitSequence) -> None:
-        """Count it for its version of a split task, too."""
-        self._compared = sequence
-
-    def token(self, event: TokenEvent) -> None:
-        now = time.perf_counter()
-        if event.queue_seconds is not None:
-            self._metrics.queue_seconds.observe(event.queue_seconds)
-        if self._last is None:
-            self._metrics.ttft_seconds.observe(now - self._started)
-        else:
-            self._metrics.itl_seconds.observe(now - self._last)
-        self._last = now
-        self._generated.inc()
-        if self._compared is not None:
-            self._compared.tokens.inc()
-
-    def finished(self) -> None:
-        seconds = time.perf_counter() - self._started
-        self._metrics.e2e_seconds.observe(seconds)
-        if self._compared is not None:
-            self._compared.seconds.observe(seconds)

@@ -46,8 +46,8 @@ from benchmarks.peers.peer import Peer, PeerSpec
 from benchmarks.peers.weights import write_bf16_gguf, write_lora_adapters
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
+from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore
-from server.engine.native import choose_runner
 from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams
 from server.engine.runner import Runner
 from server.engine.sequence import Sequence as EngineSequence

@@ -19,7 +19,8 @@ from server.api.conversion import event_of, job_of, response_of
 from server.api.errors import CLIENT_GONE, answer_to
 from server.api.schemas import GenerateRequest, GenerateResponse
 from server.callers import Caller
-from server.generation import Chunk, Generation
+from server.chunks import Chunk
+from server.generation import Generation
 from server.metrics import OTHER_LABEL, Metrics
 from server.services import Services
 

@@ -16,10 +16,11 @@ from server.api.schemas import (
     Token,
 )
 from server.callers import Caller
+from server.chunks import Chunk, Finish
+from server.chunks import Token as GeneratedToken
 from server.engine.protocol import SamplingParams
 from server.errors import InvalidRequestError
-from server.generation import Chunk, Finish, GenerationJob, Usage
-from server.generation import Token as GeneratedToken
+from server.generation import GenerationJob, Usage
 
 # Below this the likeliest token is certain but for rounding, and 1 / temperature overflows.
 _GREEDY_BELOW = 1e-3

@@ -11,18 +11,17 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Self
 
 from prefix_store.base_model import BaseModelSpec
-from prefix_store.errors import IncompatiblePrefixError, ModelLoadError
+from prefix_store.errors import IncompatiblePrefixError
 from prefix_store.groups import Group
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from prefix_store.soft_prompt import SoftPrompt
+from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore, Event
 from server.engine.device_copy import DeviceCopier
-from server.engine.encoder_decoder import EncoderDecoderRunner
-from server.engine.packed_runner import packed_runner
+from server.engine.event_stream import EventStream
 from server.engine.prefill import Prefill
 from server.engine.protocol import (
     EngineConfig,
@@ -33,9 +32,7 @@ from server.engine.protocol import (
     QueueFullError,
     RequestTooLongError,
     StepObserver,
-    TokenEvent,
 )
-from server.engine.runner import Runner, transformers_runner
 from server.engine.sequence import Sequence
 from server.engine.special_tokens import SpecialTokens
 
@@ -45,39 +42,6 @@ Command = Callable[[EngineCore], None] | None
 """Something for the engine thread to do between steps; None stops the thread."""
 
 _SHUTTING_DOWN = "the server is shutting down"
-
-
-class _EventStream:
-    """The tokens of one request, as they are generated."""
-
-    def __init__(self, engine: NativeEngine, request_id: str) -> None:
-        self._engine = engine
-        self._request_id = request_id
-        self._events: asyncio.Queue[TokenEvent | EngineFailedError] = asyncio.Queue()
-        self._ended = False
-
-    def push(self, event: TokenEvent | EngineFailedError) -> None:
-        """Add what the engine sent."""
-        self._events.put_nowait(event)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._ended:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        if isinstance(event, EngineFailedError):
-            self._ended = True
-            raise event
-        self._ended = event.finish_reason is not None
-        return event
-
-    async def aclose(self) -> None:
-        """Cancel the request if it has not ended."""
-        if not self._ended:
-            self._ended = True
-            self._engine.cancel(self._request_id)
 
 
 class NativeEngine:
@@ -111,7 +75,7 @@ class NativeEngine:
         self._stats = self._core.stats
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._streams: dict[str, _EventStream] = {}
+        self._streams: dict[str, EventStream] = {}
         self._prefixes: dict[str, Prefix] = {}
         self._decoder_ids = () if special.decoder_start is None else (special.decoder_start,)
         self._copier = DeviceCopier(loaded.model.device, loaded.model.dtype)
@@ -140,7 +104,7 @@ class NativeEngine:
         """See `Engine.is_alive`."""
         return self._thread.is_alive()
 
-    def submit(self, request: GenerationRequest) -> _EventStream:
+    def submit(self, request: GenerationRequest) -> EventStream:
         """See `Engine.submit`."""
         if self._closing:
             raise EngineFailedError(_SHUTTING_DOWN)
@@ -151,7 +115,7 @@ class NativeEngine:
                 f"{self._config.max_waiting} requests are waiting already, the most that may; "
                 "try again in a moment"
             )
-        stream = _EventStream(self, request.request_id)
+        stream = EventStream(partial(self.cancel, request.request_id))
         self._streams[request.request_id] = stream
         self._idle.clear()
         sequence = Sequence(request, prefix, self._decoder_ids)
@@ -338,30 +302,3 @@ def _carry_out(work: Callable[[], None], done: Future[None]) -> None:
         done.set_exception(error)
     else:
         done.set_result(None)
-
-
-def choose_runner(
-    loaded: LoadedModel,
-    max_slots: int,
-    max_length: int,
-    *,
-    int8: bool = False,
-    cuda_graphs: bool = True,
-) -> Runner:
-    """The fast runner where the model's structure and the machine allow, else the general one.
-
-    Raises:
-        ModelLoadError: `int8` and only the general runner can serve it, or no runner can.
-    """
-    packed = None
-    if loaded.spec.encoder is None:
-        packed = packed_runner(loaded, max_slots, max_length, int8=int8)
-    if packed is None and int8:
-        raise ModelLoadError(
-            f"{loaded.spec.name} cannot run with int8 weights here: that needs a model built like "
-            f"Llama, on a CPU (it is on {loaded.model.device}), with the kernels compiled; start "
-            "without --quantize"
-        )
-    if loaded.spec.encoder is not None:
-        return EncoderDecoderRunner(loaded, max_slots, max_length)
-    return packed or transformers_runner(loaded, max_slots, max_length, cuda_graphs=cuda_graphs)

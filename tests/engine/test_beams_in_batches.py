@@ -11,8 +11,8 @@ import torch
 
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
+from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore
-from server.engine.native import choose_runner
 from server.engine.protocol import (
     EngineConfig,
     EngineFailedError,

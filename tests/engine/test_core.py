@@ -17,8 +17,8 @@ from prefix_store.errors import ModelLoadError
 from prefix_store.model_loading import DEFAULT_MODEL, LoadedModel, load_base_model
 from prefix_store.prefix import Prefix
 from server.engine import static_decode
+from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore
-from server.engine.native import choose_runner
 from server.engine.packed_runner import PackedRunner
 from server.engine.protocol import (
     EngineConfig,

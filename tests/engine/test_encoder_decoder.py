@@ -14,9 +14,9 @@ from prefix_store.errors import ModelLoadError
 from prefix_store.groups import GROUPS, Group
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
+from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore
 from server.engine.encoder_decoder import EncoderDecoderRunner
-from server.engine.native import choose_runner
 from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams
 from server.engine.scheduler import Span
 from server.engine.sequence import Sequence

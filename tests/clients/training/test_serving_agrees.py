@@ -12,7 +12,7 @@ from clients.training import TrainSettings, train
 from clients.training.examples import encode_rows
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
-from server.engine.native import choose_runner
+from server.engine.choose_runner import choose_runner
 from server.engine.protocol import GenerationRequest, SamplingParams
 from server.engine.runner import Span
 from server.engine.sequence import Sequence
