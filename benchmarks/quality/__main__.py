@@ -22,7 +22,7 @@ from benchmarks.quality.data import split
 from benchmarks.quality.plan import EXPERIMENTS, Run, plan
 from benchmarks.quality.report import write_report
 from benchmarks.quality.run import RESULT, carry_out, score_base_model
-from benchmarks.quality.texts import BASE
+from benchmarks.quality.texts import BASES
 from clients import TrainingInterruptedError
 
 RUNS = ROOT / ".cache" / "quality"
@@ -49,9 +49,11 @@ def main() -> None:
 def _carry_out(runs: list[Run]) -> None:
     console = Console(stderr=True)
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    if runs[0].experiment == "methods":
+        for name in BASES:
+            if not (RUNS / name / RESULT).is_file():
+                score_base_model(name, split(runs[0]), RUNS / name)
     for number, run in enumerate(runs, 1):
-        if run.experiment == "methods" and not (RUNS / BASE / RESULT).is_file():
-            score_base_model(split(run), RUNS / BASE)
         if (RUNS / run.name / RESULT).is_file():
             continue
         console.print(f"[{number}/{len(runs)}] {run.name}")

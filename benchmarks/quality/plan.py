@@ -24,7 +24,7 @@ _STEPS: dict[Experiment, int] = {
     "low_data": 100,
 }
 LONG, TYPICAL = "methods-prefix-long", "methods-prefix-typical"
-_LONG_STEPS = 1284
+_LONG_STEPS = 900
 _TYPICAL_SETTINGS = {"references": 2, "max_steps": 120, "eval_steps": 40, "learning_rate": 3e-4}
 _E2E_INIT = (
     "text:Describe the restaurant in fluent English sentences, using all of the given facts:"

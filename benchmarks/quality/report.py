@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.quality.data import HELD_OUT
 from benchmarks.quality.plan import LENGTHS, LONG, METHODS, ROW_COUNTS, SEEDS, TYPICAL
 from benchmarks.quality.plots import draw_length, draw_low_data
-from benchmarks.quality.texts import BASE, INSTRUCTION
+from benchmarks.quality.texts import BASE, BASE_BARE, BASE_PLAIN, BASES, INSTRUCTION
 
 Results = Mapping[str, Mapping[str, Any]]
 _NAMES = {
@@ -95,7 +95,7 @@ def _methods(results: Results) -> str:
         "",
         "All with batches of 8 and the same number of steps, but for the first two; the second "
         "goes on from the first (`--init task:... --references 2`). "
-        "The base model gets an instruction, in its chat template: "
+        "The base model's instruction is "
         f"“{INSTRUCTION.strip()}”",
         "",
         "| method | BLEU | ROUGE-L | stored per task | steps | training | dev loss |",
@@ -104,7 +104,9 @@ def _methods(results: Results) -> str:
     named = [(LONG, "prefix-tuning, longer")]
     named += [(TYPICAL, "then on the two most typical references")]
     named += [(f"methods-{method}", _NAMES[method]) for method in METHODS]
-    named += [(BASE, "base model, hand-written instruction")]
+    named += [(BASE, "base model, hand-written instruction in its chat template")]
+    named += [(BASE_PLAIN, "base model, the same instruction as plain text")]
+    named += [(BASE_BARE, "base model, the source alone")]
     for key, name in named:
         lines.append(_method_row(name, results.get(key)))
     return "\n".join([*lines, "", *_methods_findings(results)])
@@ -137,9 +139,14 @@ def _methods_findings(results: Results) -> list[str]:
         "The paper: with 0.1 % of the parameters prefix-tuning is as good as fine-tuning. "
         f"Here, with {share:.2%}: {_verdict(ours >= theirs - 1)}, BLEU {ours:.1f} and {theirs:.1f}."
     ]
-    if BASE in results and TYPICAL in results:
-        best, base = bleu(results[TYPICAL]), bleu(results[BASE])
-        found.append(f"The best prefix has {best / base:.1f} times the BLEU of the base model.")
+    bases = [bleu(results[name]) for name in BASES if name in results]
+    if len(bases) == len(BASES) and TYPICAL in results:
+        chat, plain, bare = (f"{bleu(results[TYPICAL]) / base:.1f}" for base in bases)
+        found.append(
+            f"The best prefix has {chat} times the BLEU of the base model with the instruction in "
+            f"its chat template, {plain} times with the instruction alone, {bare} times with the "
+            "source alone."
+        )
     return found
 
 

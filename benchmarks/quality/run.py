@@ -7,8 +7,9 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from benchmarks.common import load_model
 from benchmarks.quality.data import Split
 from benchmarks.quality.plan import Run
-from benchmarks.quality.texts import BASE, write_texts
+from benchmarks.quality.texts import write_base_texts, write_texts
 from clients.data import Row
 from clients.evaluation import Output, score_outputs
 from clients.training import Trained, train
@@ -66,27 +67,27 @@ def carry_out(run: Run, rows: Split, runs: Path, console: Console) -> None:
         "parameters": trained.parameters,
         "seconds": None if resumed else round(trained.seconds, 1),
     }
-    _score(run.name, run, trained, rows, folder, facts)
+    _score(run.name, rows, folder, facts, partial(write_texts, run, trained, rows.train))
     _remove_leftovers(folder, trained)
 
 
-def score_base_model(rows: Split, folder: Path) -> None:
-    """The untouched model with a hand-written instruction, scored like a run."""
+def score_base_model(name: str, rows: Split, folder: Path) -> None:
+    """The untouched model, prompted as one of `texts.BASES` says, scored like a run."""
     folder.mkdir(parents=True, exist_ok=True)
-    _score(BASE, None, None, rows, folder, {"method": BASE, "parameters": 0})
+    facts = {"method": name, "parameters": 0}
+    _score(name, rows, folder, facts, partial(write_base_texts, name))
 
 
-def _score(  # noqa: PLR0917 - what a result is made of
+def _score(
     name: str,
-    run: Run | None,
-    trained: Trained | None,
     rows: Split,
     folder: Path,
     facts: dict[str, Any],
+    write: Callable[[Sequence[Row]], list[Output]],
 ) -> None:
     everything = [row for part in rows.scored.values() for row in part]
     started = time.monotonic()
-    outputs = write_texts(run, trained, rows.train, everything)
+    outputs = write(everything)
     seconds = time.monotonic() - started
     scores, start = {}, 0
     for part, scored in rows.scored.items():

@@ -25,7 +25,10 @@ from clients.training.settings import TrainSettings
 from prefix_store.model_loading import DEFAULT_MODEL, LoadedModel
 from prefix_store.prefix import SOURCE
 
-BASE = "base"
+BASE, BASE_PLAIN, BASE_BARE = "base", "base-plain", "base-bare"
+BASES = (BASE, BASE_PLAIN, BASE_BARE)
+"""The untouched model: with an instruction in its chat template, with the same as plain text, and
+with nothing but the source."""
 INSTRUCTION = (
     "Describe the restaurant in one or two fluent English sentences, using all of the given facts "
     "and nothing else:\n"
@@ -36,20 +39,20 @@ _TIMEOUT_SECONDS = 600.0
 _TASK = "quality"
 
 
+def write_base_texts(name: str, rows: Sequence[Row]) -> list[Output]:
+    """Greedy texts of the untouched model, prompted as one of `BASES` says."""
+    tokenizer = load_model().tokenizer
+    return _served(DEFAULT_MODEL, [_prompted(name, tokenizer, row.source) for row in rows])
+
+
 def write_texts(
-    run: Run | None, trained: Trained | None, train_rows: Sequence[Row], rows: Sequence[Row]
+    run: Run, trained: Trained, train_rows: Sequence[Row], rows: Sequence[Row]
 ) -> list[Output]:
     """Greedy texts, one a row, of at most 128 tokens.
 
     A prefix and a soft prompt are uploaded as tasks; fine-tuned weights and merged LoRA weights are
     a server's base model; bottleneck adapters, which no server here takes, run in transformers.
-
-    Args:
-        run, trained: both None for the base model with a hand-written instruction.
     """
-    if run is None or trained is None:
-        tokenizer = load_model().tokenizer
-        return _served(DEFAULT_MODEL, [_instructed(tokenizer, row.source) for row in rows])
     settings, sources = run.settings, [row.source for row in rows]
     if settings.method == "adapter":
         return _with_adapters(settings, trained.path, train_rows, sources)
@@ -65,7 +68,11 @@ def write_texts(
     return _served(str(trained.path), prompts)
 
 
-def _instructed(tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+def _prompted(name: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    if name == BASE_BARE:
+        return f"{source}\n"
+    if name == BASE_PLAIN:
+        return f"{INSTRUCTION}{source}\n"
     chat = [{"role": "user", "content": INSTRUCTION + source}]
     text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return text
