@@ -68,7 +68,9 @@ def running_server(*flags: str) -> Iterator[ServerProcess]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     with tempfile.TemporaryDirectory() as data_dir:
-        (Path(data_dir) / "models").symlink_to(ROOT / ".cache" / "models")
+        models = ROOT / ".cache" / "models"
+        models.mkdir(parents=True, exist_ok=True)
+        (Path(data_dir) / "models").symlink_to(models)
         command = [sys.executable, "-m", "clients", "serve", "--port", str(port)]
         command += ["--data-dir", data_dir, "--no-demo-tasks", "--log-level", "warning", *flags]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -14,10 +14,9 @@ from prefix_store.errors import IncompatiblePrefixError
 from prefix_store.model_loading import LoadedModel
 from prefix_store.opening import opened_store
 from prefix_store.redis_store.durability import Wait
-from server.demo_tasks import DEMO_TASKS, DemoTask
+from server.demo_tasks import DEMO_TASKS
 from server.engine.native import NativeEngine
 from server.engine.protocol import Engine, EngineConfig
-from server.errors import InvalidRequestError
 from server.generation import Generator
 from server.metrics import Metrics
 from server.pins import Pins
@@ -148,15 +147,8 @@ async def _warm_up(
 async def _upload_demo_tasks(tasks: TaskService) -> None:
     for demo in DEMO_TASKS:
         try:
-            await _upload(tasks, demo)
-        except (IncompatiblePrefixError, InvalidRequestError) as error:
+            await tasks.upload(demo.task_id, [(demo.path.name, demo.path.read_bytes())])
+        except IncompatiblePrefixError as error:
             logger.info("left out the demo task %s: %s", demo.task_id, error)
         else:
             logger.info("uploaded the demo task %s", demo.task_id)
-
-
-async def _upload(tasks: TaskService, demo: DemoTask) -> None:
-    if demo.kind == "text":
-        await tasks.upload_text(demo.task_id, demo.path.read_text())
-    else:
-        await tasks.upload(demo.task_id, [(demo.path.name, demo.path.read_bytes())])
