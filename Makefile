@@ -10,8 +10,8 @@ setup: $(STAMP)
 $(STAMP): requirements.lock requirements-no-deps.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-no-deps.lock
+	$(BIN)/python -m pip install --no-compile --progress-bar on -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements-no-deps.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
@@ -23,8 +23,9 @@ lock:
 serve: setup
 	$(BIN)/prefixserve serve
 
+# A file's tests share their servers, so a file goes to one process.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
