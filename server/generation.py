@@ -160,7 +160,7 @@ class Generator:
         if job.sampling.num_beams > self._max_beams:
             raise InvalidRequestError(
                 f"num_beams is {job.sampling.num_beams}; expected at most {self._max_beams}, this "
-                "server's limit"
+                "server's limit, which --max-beams and --max-slots set"
             )
         record, split = await self._lease(job, stack)
         requests = [
@@ -171,7 +171,7 @@ class Generator:
         for request in requests:
             stream = self._engine.submit(request)
             stack.push_async_callback(stream.aclose)
-            clock = SequenceClock(self._metrics, label, started, len(request.prompt_ids))
+            clock = SequenceClock(self._metrics, label, started, request)
             if record is not None and split:
                 clock.compare(self._metrics.splits.started(label, record.version))
             text = TextAssembler(self._tokenizer, job.stop)

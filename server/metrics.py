@@ -190,7 +190,9 @@ class Metrics:
             "time_to_first_token_seconds", "From the request to its first token", LATENCY
         )
         self.itl_seconds = make.histogram(
-            "inter_token_seconds", "Between two tokens of a sequence, as delivered", TOKEN_GAP
+            "inter_token_seconds",
+            "Between two tokens of a sequence, as delivered; without those of beam search",
+            TOKEN_GAP,
         )
         self.e2e_seconds = make.histogram(
             "request_seconds", "From the request to its last token", LATENCY

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 
-from server.engine.protocol import TokenEvent
+from server.engine.protocol import GenerationRequest, TokenEvent
 from server.metrics import Metrics, SplitSequence
 
 
 class SequenceClock:
     """Measures one sequence."""
 
-    def __init__(self, metrics: Metrics, label: str, started: float, prompt_tokens: int) -> None:
+    def __init__(
+        self, metrics: Metrics, label: str, started: float, request: GenerationRequest
+    ) -> None:
         self._metrics = metrics
         self._started = started
         self._last: float | None = None
         self._generated = metrics.generated_tokens.labels(label)
         self._compared: SplitSequence | None = None
-        metrics.prompt_tokens.labels(label).inc(prompt_tokens)
+        # The tokens of a search come at once when it ends: there is no time between them.
+        self._one_by_one = request.sampling.num_beams == 1
+        metrics.prompt_tokens.labels(label).inc(len(request.prompt_ids))
 
     def compare(self, sequence: SplitSequence) -> None:
         """Count it for its version of a split task, too."""
@@ -30,7 +34,7 @@ class SequenceClock:
             self._metrics.queue_seconds.observe(event.queue_seconds)
         if self._last is None:
             self._metrics.ttft_seconds.observe(now - self._started)
-        else:
+        elif self._one_by_one:
             self._metrics.itl_seconds.observe(now - self._last)
         self._last = now
         self._generated.inc()

@@ -110,12 +110,14 @@ class NativeEngine:
             raise EngineFailedError(_SHUTTING_DOWN)
         prefix = self._prefix_of(request)
         self._check_length(request, prefix)
-        if len(self._streams) >= self._config.max_slots + self._config.max_waiting:
+        beams = request.sampling.num_beams
+        taken = sum(stream.num_sequences for stream in self._streams.values())
+        if taken + beams > self._config.max_slots + self._config.max_waiting:
             raise QueueFullError(
-                f"{self._config.max_waiting} requests are waiting already, the most that may; "
-                "try again in a moment"
+                f"the queue is full: {self._config.max_waiting} sequences may wait, each beam "
+                "being one; try again in a moment"
             )
-        stream = EventStream(partial(self.cancel, request.request_id))
+        stream = EventStream(beams, partial(self.cancel, request.request_id))
         self._streams[request.request_id] = stream
         self._idle.clear()
         sequence = Sequence(request, prefix, self._decoder_ids)

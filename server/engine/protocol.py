@@ -147,7 +147,7 @@ class EngineConfig:
         max_slots: sequences that run at once.
         max_length: positions per slot; lowered to what the model has positions for.
         prefill_tokens: most prompt tokens computed in one step.
-        max_waiting: requests that may wait for a slot; more are refused.
+        max_waiting: sequences that may wait for a slot, each beam being one; more are refused.
         quantize: the weights' numbers; int8 is faster and a little less faithful, on a CPU.
         cuda_graphs: on CUDA, capture decode steps at start; takes some seconds and memory.
     """

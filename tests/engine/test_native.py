@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,12 +99,25 @@ async def test_dropping_a_prefix_leaves_those_that_run_with_it(tiny_llama: Loade
 async def test_a_full_queue_refuses_and_then_takes_again(tiny_llama: LoadedModel) -> None:
     async with running(tiny_llama) as engine:
         streams = [engine.submit(GenerationRequest(str(i), (9, 10), ENDLESS)) for i in range(3)]
-        with pytest.raises(QueueFullError, match="1 requests are waiting"):
+        with pytest.raises(QueueFullError, match="the queue is full: 1 sequences may wait"):
             engine.submit(request("late"))
         await streams[0].aclose()
         assert (
             await tokens(engine.submit(request("late"))) == greedy(tiny_llama, None, (9, 10), 5)[0]
         )
+
+
+async def test_each_beam_takes_a_place_in_the_queue(tiny_llama: LoadedModel) -> None:
+    beams = replace(ENDLESS, num_beams=2, frequency_penalty=0.0, ignore_eos=True)
+    async with running(tiny_llama) as engine:
+        search = engine.submit(GenerationRequest("search", (9, 10), beams))
+        with pytest.raises(QueueFullError, match="each beam being one"):
+            engine.submit(GenerationRequest("late", (9, 10), beams))
+        alone = engine.submit(request("alone"))
+        with pytest.raises(QueueFullError):
+            engine.submit(request("late"))
+        await search.aclose()
+        assert await tokens(alone) == greedy(tiny_llama, None, (9, 10), 5)[0]
 
 
 async def test_closing_a_stream_frees_its_slot(tiny_llama: LoadedModel) -> None:

@@ -39,10 +39,24 @@ def test_the_text_is_that_of_generate(
     assert [answer["generated_text"]] * 3 == [one["generated_text"] for one in several]
 
 
+def test_time_between_tokens_that_come_at_once_is_not_measured(narrow: LiveServer) -> None:
+    def gaps() -> float:
+        return narrow.metric("inter_token_seconds_count")
+
+    before = gaps()
+    narrow.generate(PROMPT, num_beams=3, max_new_tokens=6)
+    assert gaps() == before
+    narrow.generate(PROMPT, max_new_tokens=6)
+    assert gaps() == before + 5
+
+
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
-        ({"num_beams": 4}, "num_beams is 4; expected at most 3"),
+        (
+            {"num_beams": 4},
+            "num_beams is 4; expected at most 3, this server's limit, which --max-beams",
+        ),
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 2, "temperature": 0.5}, "beam search draws no tokens"),
         ({"num_beams": 2, "do_sample": True}, "beam search draws no tokens"),
