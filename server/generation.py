@@ -213,6 +213,7 @@ class Generator:
             prompt_ids=prompt_ids,
             sampling=replace(job.sampling, max_new_tokens=new_tokens, seed=seed),
             prefix_version=None if record is None else record.version,
+            tenant=job.caller.tenant,
         )
 
     async def _prompt_ids(self, inputs: str, record: TaskRecord | None) -> tuple[int, ...]:

@@ -26,26 +26,26 @@ TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2
 BATCH = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 
 
-class TaskLabels:
-    """The value of the `task` label, bounded: the first so many tasks seen, the rest `other`."""
+class BoundedLabels:
+    """The value of a label such as `task`, bounded: the first so many names, the rest `other`."""
 
-    def __init__(self, max_tasks: int) -> None:
-        self._max_tasks = max_tasks
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._named: set[str] = set()
 
-    def known(self, task_id: str | None) -> str:
-        """The label of a task that exists; None is the bare base model."""
-        if task_id is None:
+    def known(self, name: str | None) -> str:
+        """The label of what exists; None is the bare base model."""
+        if name is None:
             return BASE_LABEL
-        if task_id not in self._named and len(self._named) < self._max_tasks:
-            self._named.add(task_id)
-        return self.unchecked(task_id)
+        if name not in self._named and len(self._named) < self._most:
+            self._named.add(name)
+        return self.unchecked(name)
 
-    def unchecked(self, task_id: str | None) -> str:
-        """The label of a task that may not exist; it never takes up a new one."""
-        if task_id is None:
+    def unchecked(self, name: str | None) -> str:
+        """The label of what may not exist; it never takes up a new one."""
+        if name is None:
             return BASE_LABEL
-        return task_id if task_id in self._named else OTHER_LABEL
+        return name if name in self._named else OTHER_LABEL
 
 
 class Collectors:
@@ -125,7 +125,7 @@ class TierMetrics:
 
 
 class SplitMetrics:
-    """What compares the versions of tasks whose requests are split; bounded as `TaskLabels` is."""
+    """What compares the versions of split tasks; bounded as `BoundedLabels` is."""
 
     def __init__(self, collectors: Collectors, max_versions: int) -> None:
         self._max_versions = max_versions
@@ -166,7 +166,8 @@ class Metrics:
     def __init__(self, max_tasks: int = 100) -> None:
         make = self._collectors = Collectors()
         ProcessCollector(namespace=NAMESPACE, registry=make.registry)
-        self.tasks = TaskLabels(max_tasks)
+        self.tasks = BoundedLabels(max_tasks)
+        self.tenants = BoundedLabels(max_tasks)
         self._prefix_cache = PrefixCacheMetrics(make)
         self.prefix_compute_seconds = make.histogram(
             "prefix_compute_seconds", "Computing a prefix from text", LATENCY
@@ -185,7 +186,7 @@ class Metrics:
             "store_connected", "1 while the prefix store answers, 0 while it is away"
         )
         self.store_errors = make.counter("store_errors", "Calls the prefix store did not answer")
-        self.queue_seconds = make.histogram("queue_seconds", "Wait for a slot", LATENCY)
+        self.queue_seconds = make.histogram("queue_seconds", "Wait for a slot", LATENCY, "tenant")
         self.ttft_seconds = make.histogram(
             "time_to_first_token_seconds", "From the request to its first token", LATENCY
         )
@@ -199,6 +200,9 @@ class Metrics:
         )
         self._batch_size = make.histogram(
             "batch_size", "Sequences that got a token in one step", BATCH
+        )
+        self._preempted = make.counter(
+            "preempted", "Sequences that lost their slot to a tenant below its share"
         )
         self._step_seconds = make.histogram("step_seconds", "One step of the engine", TOKEN_GAP)
 
@@ -216,6 +220,7 @@ class Metrics:
     def observe_step(self, step: StepStats) -> None:
         """Count one step; called on the engine's thread."""
         self._step_seconds.observe(step.seconds)
+        self._preempted.inc(step.preempted)
         if step.decode_rows:
             self._batch_size.observe(step.decode_rows)
 

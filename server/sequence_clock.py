@@ -19,6 +19,7 @@ class SequenceClock:
         self._last: float | None = None
         self._generated = metrics.generated_tokens.labels(label)
         self._compared: SplitSequence | None = None
+        self._queue_seconds = metrics.queue_seconds.labels(metrics.tenants.known(request.tenant))
         # The tokens of a search come at once when it ends: there is no time between them.
         self._one_by_one = request.sampling.num_beams == 1
         metrics.prompt_tokens.labels(label).inc(len(request.prompt_ids))
@@ -31,7 +32,7 @@ class SequenceClock:
         """A token came."""
         now = time.perf_counter()
         if event.queue_seconds is not None:
-            self._metrics.queue_seconds.observe(event.queue_seconds)
+            self._queue_seconds.observe(event.queue_seconds)
         if self._last is None:
             self._metrics.ttft_seconds.observe(now - self._started)
         elif self._one_by_one:

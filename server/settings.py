@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     """Prompt tokens computed in one step, so that long prompts do not stall running sequences."""
 
     max_waiting: int = Field(default=512, ge=0, le=1_000_000)
-    """Sequences that may wait for a slot; more are answered 429."""
+    """Sequences that may wait for a slot; more of a tenant that has its share are answered 429."""
 
     prefix_cache_bytes: ByteSize = Field(default="1GiB", validate_default=True, ge=1)
     """Memory for prefixes that the model can read; the least recently used go first."""
@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     """Largest body of any other request."""
 
     max_metric_tasks: int = Field(default=100, ge=0, le=10_000)
-    """Tasks that have a label of their own in /metrics; the rest share the label other."""
+    """Tasks, and tenants, that have a label of their own in /metrics; the rest share one, other."""
 
     store_timeout_seconds: Seconds = 5.0
     """How long to wait for the store to answer."""

@@ -84,16 +84,25 @@ class EngineCore:
         """Advance every running sequence; a failure ends those that ran, never those that wait."""
         started = time.perf_counter()
         spans: list[Span] = []
+        preempted = 0
         try:
-            for sequence in self._scheduler.admit():
-                self._runner.start(sequence)
+            preempted = self._admit()
             spans = self._scheduler.plan()
             events = self._compute(spans) if spans else []
         except Exception:
             logger.exception("a step failed; the requests that were running are answered with it")
             events = self._fail_running("the model failed on this batch; try again")
         seconds = time.perf_counter() - started
-        return StepResult(events, _step_stats(spans, seconds, self.stats))
+        return StepResult(events, _step_stats(spans, preempted, seconds, self.stats))
+
+    def _admit(self) -> int:
+        """Start whose turn it is; how many lost their slots for it."""
+        admission = self._scheduler.admit()
+        for move in admission.moves:
+            self._runner.move(move)
+        for sequence in admission.sequences:
+            self._runner.start(sequence)
+        return admission.preempted
 
     def _compute(self, spans: Rows[Span]) -> list[Event]:
         """Run the model over `spans`; the events of those whose next token it gives."""
@@ -180,7 +189,7 @@ class EngineCore:
         assert sequence.slot == NO_SLOT  # noqa: S101 - a slot has one owner
 
 
-def _step_stats(spans: Rows[Span], seconds: float, stats: EngineStats) -> StepStats:
-    decoding = [span for span in spans if span.start >= span.sequence.prompt_end]
+def _step_stats(spans: Rows[Span], preempted: int, seconds: float, stats: EngineStats) -> StepStats:
+    decoding = [span for span in spans if span.start >= span.sequence.prefill_end]
     prefilled = sum(span.num_tokens for span in spans) - len(decoding)
-    return StepStats(len(decoding), prefilled, seconds, stats)
+    return StepStats(len(decoding), prefilled, preempted, seconds, stats)

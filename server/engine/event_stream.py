@@ -12,13 +12,11 @@ from server.engine.protocol import EngineFailedError, TokenEvent
 class EventStream:
     """The tokens of one request, as they are generated."""
 
-    def __init__(self, num_sequences: int, cancel: Callable[[], None]) -> None:
+    def __init__(self, cancel: Callable[[], None]) -> None:
         """
         Args:
-            num_sequences: slots that the request takes, one for each beam.
-            cancel: has the engine drop it.
+            cancel: has the engine drop the request.
         """
-        self.num_sequences = num_sequences
         self._cancel = cancel
         self._events: asyncio.Queue[TokenEvent | EngineFailedError] = asyncio.Queue()
         self._ended = False

@@ -22,6 +22,7 @@ from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore, Event
 from server.engine.device_copy import DeviceCopier
 from server.engine.event_stream import EventStream
+from server.engine.places import Places
 from server.engine.prefill import Prefill
 from server.engine.protocol import (
     EngineConfig,
@@ -29,7 +30,6 @@ from server.engine.protocol import (
     EngineStats,
     GenerationRequest,
     PrefixNotLoadedError,
-    QueueFullError,
     RequestTooLongError,
     StepObserver,
 )
@@ -76,6 +76,7 @@ class NativeEngine:
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[str, EventStream] = {}
+        self._places = Places(config.max_slots, config.max_waiting)
         self._prefixes: dict[str, Prefix] = {}
         self._decoder_ids = () if special.decoder_start is None else (special.decoder_start,)
         self._copier = DeviceCopier(loaded.model.device, loaded.model.dtype)
@@ -110,14 +111,8 @@ class NativeEngine:
             raise EngineFailedError(_SHUTTING_DOWN)
         prefix = self._prefix_of(request)
         self._check_length(request, prefix)
-        beams = request.sampling.num_beams
-        taken = sum(stream.num_sequences for stream in self._streams.values())
-        if taken + beams > self._config.max_slots + self._config.max_waiting:
-            raise QueueFullError(
-                f"the queue is full: {self._config.max_waiting} sequences may wait, each beam "
-                "being one; try again in a moment"
-            )
-        stream = EventStream(beams, partial(self.cancel, request.request_id))
+        self._places.take(request)
+        stream = EventStream(partial(self.cancel, request.request_id))
         self._streams[request.request_id] = stream
         self._idle.clear()
         sequence = Sequence(request, prefix, self._decoder_ids)
@@ -126,7 +121,7 @@ class NativeEngine:
 
     def cancel(self, request_id: str) -> None:
         """See `Engine.cancel`."""
-        if self._streams.pop(request_id, None) is not None:
+        if self._forget(request_id):
             self._commands.put(lambda core: core.cancel(request_id))
             self._settle()
 
@@ -228,6 +223,8 @@ class NativeEngine:
             raise ValueError(f"a request needs a prompt and a token to generate, not {request}")
         if not 1 <= request.sampling.num_beams <= self._config.max_slots:
             raise ValueError(f"{request.sampling.num_beams} beams, {self._config.max_slots} slots")
+        if not 0 < request.weight < math.inf:
+            raise ValueError(f"a weight is a number above 0, not {request.weight}")
         if new > self.room(prompt, prefix_length):
             raise RequestTooLongError(
                 f"{prefix_length} prefix + {prompt} prompt + {new} new tokens are more than the "
@@ -243,8 +240,15 @@ class NativeEngine:
                 continue
             stream.push(event)
             if isinstance(event, EngineFailedError) or event.finish_reason is not None:
-                del self._streams[request_id]
+                self._forget(request_id)
         self._settle()
+
+    def _forget(self, request_id: str) -> bool:
+        """A request's stream gets nothing more, and its place is free; was it there?"""
+        if self._streams.pop(request_id, None) is None:
+            return False
+        self._places.give_back(request_id)
+        return True
 
     def _settle(self) -> None:
         if not self._streams and not self._prefills:

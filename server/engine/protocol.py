@@ -80,12 +80,20 @@ class GenerationRequest:
         request_id: unique among the engine's live requests.
         prompt_ids: the prompt's token ids, at least one.
         prefix_version: a version given to `Engine.load_prefix`, or None for the bare base model.
+        tenant: whose turns it takes; tenants of one priority are served in proportion to their
+            weights.
+        weight: the tenant's from now on; > 0.
+        priority: higher ones go first, always: a lower one runs in what they leave, and gives its
+            slots up to them.
     """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     prefix_version: str | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,8 @@ class TokenEvent:
         chosen: the token and its log-probability.
         top: the `top_logprobs` most likely tokens, likeliest first.
         finish_reason: set on the last event of a request.
-        queue_seconds: on the first event, how long the request waited for a slot; else None.
+        queue_seconds: on the first event, how long the request waited for slots until then; else
+            None.
     """
 
     chosen: TokenLogprob
@@ -124,10 +133,18 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """What one step did: rows decoded, prompt tokens prefilled, wall seconds."""
+    """What one step did.
+
+    Attributes:
+        decode_rows: sequences that were given their next token by the one before.
+        prefill_tokens: computed of prompts, and again of sequences that had lost their slots.
+        preempted: sequences that lost their slots.
+        seconds: wall time.
+    """
 
     decode_rows: int
     prefill_tokens: int
+    preempted: int
     seconds: float
     stats: EngineStats
 
@@ -147,7 +164,8 @@ class EngineConfig:
         max_slots: sequences that run at once.
         max_length: positions per slot; lowered to what the model has positions for.
         prefill_tokens: most prompt tokens computed in one step.
-        max_waiting: sequences that may wait for a slot, each beam being one; more are refused.
+        max_waiting: sequences that may wait for a slot, each beam being one; more are refused, but
+            for tenants that have fewer than an equal share of the places here.
         quantize: the weights' numbers; int8 is faster and a little less faithful, on a CPU.
         cuda_graphs: on CUDA, capture decode steps at start; takes some seconds and memory.
     """

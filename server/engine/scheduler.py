@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from server.engine.account import OUTPUT_COST
+from server.engine.fair_queue import FairQueue
+from server.engine.preemption import victims
 from server.engine.sequence import NO_SLOT, Sequence
 
 
@@ -13,7 +17,7 @@ from server.engine.sequence import NO_SLOT, Sequence
 class Span:
     """What a sequence computes in one step: `token_ids` at positions `start`, `start + 1`, ...
 
-    A chunk of its prompt, or the one token it generated last.
+    A chunk of what it prefills, or the one token it generated last.
     """
 
     sequence: Sequence
@@ -38,7 +42,7 @@ class Span:
     @property
     def completes_prompt(self) -> bool:
         """True when the sequence's next token can be chosen after this span."""
-        return self.end >= self.sequence.prompt_end
+        return self.end >= self.sequence.prefill_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +54,36 @@ class SlotMove:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Carry out `moves` in their order; then `sequences` have slots that are theirs to write to."""
+
+    moves: tuple[SlotMove, ...]
+    sequences: tuple[Sequence, ...]
+    preempted: int
+
+
 class Scheduler:
-    """First come, first served, over slots that are always the dense range 0 .. running - 1.
+    """Gives slots to whose turn it is; slots are always the dense range 0 .. running - 1.
+
+    Turns are those of `FairQueue`: priorities are strict, tenants of one priority are served in
+    proportion to their weights, and one tenant's requests are first come, first served. Where it
+    is the turn of a tenant below its share of the slots, it does not wait for one: another that is
+    over its own gives one up (`preemption`), and computes again what it had there.
 
     Dense slots let a decode step read the KV memory as one slice, without a gather: when a
     sequence leaves, the last one moves into its place.
     """
 
-    def __init__(self, max_slots: int, prefill_tokens: int) -> None:
+    def __init__(
+        self, max_slots: int, prefill_tokens: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.max_slots = max_slots
         self.prefill_tokens = prefill_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []  # running[i].slot == i
+        self._clock = clock
+        self._chunks = itertools.count(1)
 
     @property
     def has_work(self) -> bool:
@@ -72,47 +94,74 @@ class Scheduler:
         """Queue a sequence."""
         self.waiting.append(sequence)
 
-    def admit(self) -> list[Sequence]:
-        """Give free slots to the longest waiting sequences and return these.
+    def admit(self) -> Admission:
+        """Give free slots, and those that others must give up, to the sequences whose turn it is.
 
         A sequence and its siblings get theirs together; until there are enough, nobody else does.
         """
+        moves: list[SlotMove] = []
         admitted: list[Sequence] = []
+        preempted = 0
         while self.waiting:
-            first = self.waiting[0]
-            if len(self.running) + len(first.beams) > self.max_slots:
-                break
-            self.waiting.popleft()
-            for sequence in first.beams:
-                sequence.slot = len(self.running)
-                sequence.length = sequence.prefix_length
-                sequence.queue_seconds = time.perf_counter() - first.arrived_at
-                self.running.append(sequence)
-                admitted.append(sequence)
-        return admitted
+            head = self.waiting.first
+            if len(self.running) + len(head.beams) > self.max_slots:
+                yielding = victims(head, self.running, self.waiting.accounts, self.max_slots)
+                if not yielding:
+                    break
+                moves += self._preempt(yielding)
+                preempted += len(yielding)
+            admitted += self._seat(self.waiting.take_first())
+        seated = tuple(sequence for sequence in admitted if sequence.slot != NO_SLOT)
+        return Admission(tuple(moves), seated, preempted)
+
+    def _seat(self, first: Sequence) -> tuple[Sequence, ...]:
+        waited = self._clock() - first.queued_at
+        for sequence in first.beams:
+            sequence.slot = len(self.running)
+            sequence.length = sequence.prefix_length
+            sequence.queue_seconds += waited
+            self.running.append(sequence)
+        first.account.slots += len(first.beams)
+        return first.beams
+
+    def _preempt(self, sequences: list[Sequence]) -> list[SlotMove]:
+        now = self._clock()
+        moves = self._vacate_all(sequences)
+        for sequence in sorted(sequences, key=lambda s: s.arrived_at, reverse=True):
+            sequence.preempt(now)
+            self.waiting.put_back(sequence)
+        return moves
 
     def plan(self) -> list[Span]:
         """The next step: one token of every decoding sequence, then prompt chunks.
 
-        At most `prefill_tokens` of the latter, earliest arrivals first: the bound keeps a long
-        prompt from stalling the sequences that are decoding. A source, which an encoder can only
-        read whole, may be over it.
+        At most `prefill_tokens` of the latter: the bound keeps a long prompt from stalling the
+        sequences that are decoding. Tenants take turns at it, so that one's long prompts do not
+        hold up another's; each one's own are computed in order of arrival. A source, which an
+        encoder can only read whole, may be over it.
         """
-        spans = [
-            Span(sequence, sequence.length, (sequence.output_ids[-1],))
-            for sequence in self.running
-            if sequence.output_ids
-        ]
+        spans = []
+        for sequence in self.running:
+            if sequence.is_decoding:
+                sequence.account.charge(OUTPUT_COST)
+                spans.append(Span(sequence, sequence.length, (sequence.output_ids[-1],)))
         budget = self.prefill_tokens
-        prefilling = (s for s in self.running if not s.output_ids and not s.is_sibling)
-        for sequence in sorted(prefilling, key=lambda s: s.arrived_at):
+        prefilling = (s for s in self.running if not s.is_decoding and not s.is_sibling)
+        for sequence in sorted(prefilling, key=_prefill_turn):
             if budget <= 0:
                 break
-            span = Span(sequence, sequence.length, sequence.uncomputed_prompt[:budget])
+            # A decoder that reads a source is only ever given one token at a time.
+            longest = 1 if sequence.source_ids else budget
+            span = Span(sequence, sequence.length, sequence.uncomputed[:longest])
             if span.source_ids and span.num_tokens > budget < self.prefill_tokens:
                 break
             spans.append(span)
             budget -= span.num_tokens
+            sequence.account.last_prefill = next(self._chunks)
+            if span.completes_prompt:
+                for beam in sequence.beams:
+                    beam.is_decoding = True
+                    beam.account.charge(OUTPUT_COST)
         return spans
 
     def remove(self, sequence: Sequence) -> list[SlotMove]:
@@ -123,11 +172,16 @@ class Scheduler:
         if sequence.slot == NO_SLOT:
             self.waiting.remove(sequence)
             return []
+        self.waiting.ended(sequence)
+        return self._vacate_all(sequence.beams)
+
+    def _vacate_all(self, sequences: Iterable[Sequence]) -> list[SlotMove]:
         # From the last slot down, so that none is moved into the place of another.
-        leaving = sorted(sequence.beams, key=lambda beam: beam.slot, reverse=True)
-        return [move for beam in leaving if (move := self._vacate(beam)) is not None]
+        leaving = sorted(sequences, key=lambda sequence: sequence.slot, reverse=True)
+        return [move for one in leaving if (move := self._vacate(one)) is not None]
 
     def _vacate(self, sequence: Sequence) -> SlotMove | None:
+        sequence.account.slots -= 1
         hole, sequence.slot = sequence.slot, NO_SLOT
         last = self.running.pop()
         if last is sequence:
@@ -136,3 +190,8 @@ class Scheduler:
         self.running[hole] = last
         last.slot = hole
         return move
+
+
+def _prefill_turn(sequence: Sequence) -> tuple[int, int, float]:
+    account = sequence.account
+    return -account.priority, account.last_prefill, sequence.arrived_at

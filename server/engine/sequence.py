@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from prefix_store.groups import DECODER, Group
 from prefix_store.prefix import Prefix
+from server.engine.account import Account
 from server.engine.protocol import GenerationRequest
 
 NO_SLOT = -1
@@ -25,8 +26,15 @@ class Sequence:
         slot: its row of the KV memory, or NO_SLOT while it waits.
         length: positions of the slot that are filled: the prefix, then the tokens computed so far.
         output_ids: tokens generated so far; the last one is not in the slot yet.
+        arrived_at, queued_at: when it came, and when it last began to wait for a slot.
+        queue_seconds: how long it has waited for slots in all.
         is_sibling: a beam beside another, which computes the prompt for it.
         siblings: with beam search, the other beams: they get slots with it, but no prompt.
+        prefill_ids: what it computes before it decodes: the prompt, and where it has lost a slot,
+            what it had generated until then.
+        is_decoding: all that is computed; from here on it is one token a step.
+        was_preempted: it had a slot before the one it has or waits for.
+        account: whom its tokens are charged to, once it is queued.
     """
 
     request: GenerationRequest
@@ -36,13 +44,20 @@ class Sequence:
     length: int = 0
     output_ids: list[int] = field(default_factory=list)
     arrived_at: float = field(default_factory=time.perf_counter)
+    queued_at: float = field(init=False)
     queue_seconds: float = 0.0
     is_sibling: bool = False
     siblings: tuple[Sequence, ...] = field(init=False, default=())
+    prefill_ids: tuple[int, ...] = field(init=False)
+    is_decoding: bool = field(init=False, default=False)
+    was_preempted: bool = field(init=False, default=False)
+    account: Account = field(init=False)
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_ids = self.prompt_ids or self.request.prompt_ids
+        self.prefill_ids = self.prompt_ids
+        self.queued_at = self.arrived_at
         self.rng = random.Random(self.request.sampling.seed)  # noqa: S311 - not for secrets
         if not self.is_sibling:
             self.siblings = tuple(
@@ -75,11 +90,23 @@ class Sequence:
         return () if self.prompt_ids is self.request.prompt_ids else self.request.prompt_ids
 
     @property
-    def uncomputed_prompt(self) -> tuple[int, ...]:
-        """Prompt tokens that have not been prefilled yet."""
-        return self.prompt_ids[max(0, self.length - self.prefix_length) :]
+    def uncomputed(self) -> tuple[int, ...]:
+        """What of `prefill_ids` is not in the slot yet."""
+        return self.prefill_ids[max(0, self.length - self.prefix_length) :]
+
+    @property
+    def prefill_end(self) -> int:
+        """One past the position of the last of `prefill_ids`."""
+        return self.prefix_length + len(self.prefill_ids)
 
     @property
     def prompt_end(self) -> int:
         """One past the position of the prompt's last token."""
         return self.prefix_length + len(self.prompt_ids)
+
+    def preempt(self, now: float) -> None:
+        """Begin to wait again: what it has computed is lost, what it has generated is kept."""
+        self.prefill_ids = (*self.prompt_ids, *self.output_ids)
+        self.is_decoding = False
+        self.was_preempted = True
+        self.queued_at = now

@@ -48,10 +48,14 @@ class Plan:
     arrives_at: int = 0
     cancelled_at: int | None = None
     sampling: dict[str, float | int | bool] = field(default_factory=dict)
+    tenant: str = ""
+    priority: int = 0
 
     def sequence(self, loaded: LoadedModel, index: int) -> Sequence:
         params = SamplingParams(max_new_tokens=self.max_new_tokens, **self.sampling)
-        request = GenerationRequest(str(index), self.prompt_ids, params)
+        request = GenerationRequest(
+            str(index), self.prompt_ids, params, tenant=self.tenant, priority=self.priority
+        )
         return Sequence(request, self.prefix(loaded))
 
     def prefix(self, loaded: LoadedModel) -> Prefix | None:
@@ -132,6 +136,8 @@ plans_strategy = st.lists(
         max_new_tokens=st.integers(1, 12),
         arrives_at=st.integers(0, 8),
         cancelled_at=st.none() | st.integers(1, 6),
+        tenant=st.sampled_from("aab"),
+        priority=st.sampled_from([0, 0, -1]),
     ),
     min_size=1,
     max_size=7,
@@ -305,6 +311,35 @@ def test_a_seeded_sample_does_not_depend_on_its_batch(tiny: LoadedModel) -> None
     assert token_ids(run(tiny, [*others, crowded])[2]) == alone
     other_seed = Plan(8, (9, 10, 11), 12, sampling={**sampling, "seed": 43})
     assert token_ids(run(tiny, [other_seed])[0]) != alone
+
+
+def test_a_request_that_loses_its_slot_goes_on_with_the_tokens_it_has_alone(
+    tiny: LoadedModel,
+) -> None:
+    greedily: dict[str, float | int | bool] = {"ignore_eos": True}
+    sampled = {**greedily, "do_sample": True, "repetition_penalty": 1.2, "seed": 42}
+    batch = [
+        Plan(8, (9, 10, 11), 12, sampling=greedily, priority=-1),
+        Plan(0, tuple(range(6, 46)), 12, sampling=greedily, priority=-1),
+        Plan(3, (7, 8), 12, sampling=sampled, priority=-1),
+    ]
+    alone = [token_ids(run(tiny, [plan])[0]) for plan in batch]
+    core = new_core(tiny)
+    told: dict[str, list[int]] = {str(i): [] for i in range(8)}
+    for index, plan in enumerate(batch):
+        core.add(plan.sequence(tiny, index))
+    preempted = step = 0
+    while core.has_work:
+        if step % 3 == 1 and step < 15:
+            core.add(Plan(17, (6, 7), 2, sampling=greedily).sequence(tiny, 3 + step // 3))
+        result = core.step()
+        preempted += result.stats.preempted
+        for request_id, event in result.events:
+            assert isinstance(event, TokenEvent), event
+            told[request_id].append(event.chosen.token_id)
+        step += 1
+    assert preempted == 4
+    assert [told[str(index)] for index in range(3)] == alone
 
 
 def test_repetition_penalty_equals_transformers(tiny: LoadedModel) -> None:

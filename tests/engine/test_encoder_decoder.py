@@ -41,6 +41,7 @@ class Plan:
     max_new_tokens: int
     arrives_at: int = 0
     cancelled_at: int | None = None
+    priority: int = 0
 
     def prefix(self, loaded: LoadedModel) -> Prefix | None:
         if not self.groups:
@@ -49,7 +50,7 @@ class Plan:
 
     def sequence(self, loaded: LoadedModel, index: int) -> Sequence:
         params = SamplingParams(max_new_tokens=self.max_new_tokens)
-        request = GenerationRequest(str(index), self.source_ids, params)
+        request = GenerationRequest(str(index), self.source_ids, params, priority=self.priority)
         return Sequence(request, self.prefix(loaded), decoder_ids(loaded))
 
 
@@ -102,6 +103,7 @@ def test_arrivals_lengths_and_cancellations(tiny_seq2seq: LoadedModel, data: st.
         st.integers(1, 12),
         st.integers(0, 6),
         st.none() | st.integers(1, 12),
+        st.sampled_from([0, -1]),
     )
     plans = data.draw(st.lists(plan, min_size=1, max_size=7))
     for plan, told in zip(plans, run(tiny_seq2seq, plans), strict=True):
@@ -109,6 +111,18 @@ def test_arrivals_lengths_and_cancellations(tiny_seq2seq: LoadedModel, data: st.
         assert told == alone[: len(told)]
         if plan.cancelled_at is None:
             assert told == alone
+
+
+def test_a_request_that_loses_its_slot_goes_on_with_the_tokens_it_has_alone(
+    tiny_seq2seq: LoadedModel,
+) -> None:
+    batch = [
+        Plan(groups, 4, tuple(range(7, 20 + index)), 12, priority=-1)
+        for index, groups in enumerate((EVERY_CHOICE[-1], EVERY_CHOICE[0], EVERY_CHOICE[3]))
+    ]
+    others = [Plan((), 0, (9, 10), 2, arrives_at=step) for step in (2, 2, 2, 5, 8)]
+    told = run(tiny_seq2seq, [*batch, *others])
+    assert told == [expected(tiny_seq2seq, plan) for plan in (*batch, *others)]
 
 
 def test_logits_agree(tiny_seq2seq: LoadedModel) -> None:

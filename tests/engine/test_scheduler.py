@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.engine.protocol import GenerationRequest, SamplingParams
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import Scheduler, SlotMove
 from server.engine.sequence import NO_SLOT, Sequence
 
 MAX_SLOTS = 3
@@ -17,41 +17,78 @@ PREFILL_TOKENS = 7
 class SchedulerMachine(RuleBasedStateMachine):
     """Adds, admits, prefills and removes in any order; tracks what each slot's memory holds."""
 
+    tenants = ("a", "b", "c")
+    priorities = (0, 0, -1)
+
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler(MAX_SLOTS, PREFILL_TOKENS)
         self.live: list[Sequence] = []
+        self.asked = 0
         self.slot_holds: dict[int, Sequence] = {}
 
-    @rule(prompt=st.integers(1, 20), beams=st.sampled_from([1, 1, 2, 3]))
-    def add(self, prompt: int, beams: int) -> None:
-        request = GenerationRequest("r", (1,) * prompt, SamplingParams(4, num_beams=beams))
-        sequence = Sequence(request, prefix=None, arrived_at=float(len(self.live)))
+    @rule(prompt=st.integers(1, 20), beams=st.sampled_from([1, 1, 2, 3]), data=st.data())
+    def add(self, prompt: int, beams: int, data: st.DataObject) -> None:
+        request = GenerationRequest(
+            "r",
+            (1,) * prompt,
+            SamplingParams(4, num_beams=beams),
+            tenant=data.draw(st.sampled_from(self.tenants)),
+            priority=data.draw(st.sampled_from(self.priorities)),
+            weight=data.draw(st.sampled_from([1.0, 2.0])),
+        )
+        self.asked += 1
+        sequence = Sequence(request, prefix=None, arrived_at=float(self.asked))
         self.scheduler.add(sequence)
         self.live.append(sequence)
 
     @rule()
     def admit(self) -> None:
-        longest_waiting = list(self.scheduler.waiting)
-        admitted = self.scheduler.admit()
-        leaders = [sequence for sequence in admitted if not sequence.is_sibling]
-        assert leaders == longest_waiting[: len(leaders)]
-        assert admitted == [beam for sequence in leaders for beam in sequence.beams]
+        admission = self.scheduler.admit()
+        self.follow(list(admission.moves))
+        waiting = list(self.scheduler.waiting)
+        for slot, holder in list(self.slot_holds.items()):
+            if holder.slot == NO_SLOT:  # it was preempted, and nobody was moved there
+                assert holder in waiting
+                del self.slot_holds[slot]
+        leaders = [sequence for sequence in admission.sequences if not sequence.is_sibling]
+        assert list(admission.sequences) == [beam for one in leaders for beam in one.beams]
         assert all(len(s.beams) == s.request.sampling.num_beams for s in leaders)
-        for beam in admitted:
+        for beam in admission.sequences:
             assert beam.slot not in self.slot_holds
+            assert beam.length == beam.prefix_length
             self.slot_holds[beam.slot] = beam
+        self.check_turns(leaders, waiting)
         free = MAX_SLOTS - len(self.scheduler.running)
-        assert not self.scheduler.waiting or len(self.scheduler.waiting[0].beams) > free
+        assert not waiting or len(self.scheduler.waiting.first.beams) > free
+
+    def check_turns(self, leaders: list[Sequence], waiting: list[Sequence]) -> None:
+        """Nobody is before a higher priority, nor before an earlier one of its own tenant."""
+        for sequence in leaders:
+            for other in waiting:
+                assert other.account.priority <= sequence.account.priority
+                assert other.account is not sequence.account or (
+                    other.arrived_at > sequence.arrived_at or other.was_preempted
+                )
+
+    def follow(self, moves: list[SlotMove]) -> None:
+        """Carry out moves; a slot that is moved into was given up."""
+        for move in moves:
+            moved = self.slot_holds.pop(move.source)
+            assert move.length == moved.length
+            if (gone := self.slot_holds.get(move.target)) is not None:
+                assert gone.slot == NO_SLOT
+            self.slot_holds[move.target] = moved
 
     @rule()
     def step(self) -> None:
-        decoding = [s for s in self.scheduler.running if s.output_ids]
-        prefilling = [s for s in self.scheduler.running if not s.is_sibling and not s.output_ids]
-        remaining = sum(len(s.uncomputed_prompt) for s in prefilling)
+        running = self.scheduler.running
+        decoding = [s for s in running if s.is_decoding]
+        prefilling = [s for s in running if not s.is_sibling and not s.is_decoding]
+        remaining = sum(len(s.uncomputed) for s in prefilling)
         spans = self.scheduler.plan()
-        chunks = [span for span in spans if not span.sequence.output_ids]
-        assert [s.sequence for s in spans if s.sequence.output_ids] == decoding
+        chunks = [span for span in spans if span.sequence not in decoding]
+        assert [s.sequence for s in spans if s.sequence in decoding] == decoding
         assert sum(len(chunk.token_ids) for chunk in chunks) == min(PREFILL_TOKENS, remaining)
         for span in spans:
             assert span.token_ids
@@ -61,10 +98,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 for beam in span.sequence.beams if span in chunks else [span.sequence]:
                     beam.output_ids = [*beam.output_ids, 1]
                     beam.length = span.end
-        # None is passed over for one that came later.
-        unfinished = [s.arrived_at for s in prefilling if s.uncomputed_prompt]
-        latest = max((c.sequence.arrived_at for c in chunks), default=-1.0)
-        assert latest <= min(unfinished, default=1e9)
+        # None is passed over for one of its tenant's that came later.
+        unfinished = [s for s in prefilling if s.uncomputed]
+        for chunk in chunks:
+            for other in unfinished:
+                if other.account is chunk.sequence.account:
+                    assert chunk.sequence.arrived_at <= other.arrived_at
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -73,11 +112,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live.remove(sequence)
         for beam in sequence.beams if sequence.slot != NO_SLOT else ():
             del self.slot_holds[beam.slot]
-        for move in self.scheduler.remove(sequence):
-            moved = self.slot_holds.pop(move.source)
-            assert move.length == moved.length
-            assert move.target not in self.slot_holds
-            self.slot_holds[move.target] = moved
+        self.follow(self.scheduler.remove(sequence))
         assert all(beam.slot == NO_SLOT for beam in sequence.beams)
 
     @invariant()
@@ -95,8 +130,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         beams = [beam for s in leaders for beam in s.beams]
         assert sorted(map(id, beams)) == sorted(map(id, self.scheduler.running))
         assert all(s.slot == NO_SLOT for s in self.scheduler.waiting)
+        assert len(self.scheduler.waiting) == len(self.live) - len(leaders)
+
+    @invariant()
+    def accounts_know_what_they_hold(self) -> None:
+        for account in self.scheduler.waiting.accounts:
+            own = [s for s in self.live if s.account is account]
+            assert account.live == len(own)
+            assert account.slots == sum(len(s.beams) for s in own if s.slot != NO_SLOT)
 
 
+class OneTenantMachine(SchedulerMachine):
+    """With one tenant nothing is new: first come, first served, and no slot is ever given up."""
+
+    tenants = ("",)
+    priorities = (0,)
+
+    def check_turns(self, leaders: list[Sequence], waiting: list[Sequence]) -> None:
+        arrived = [sequence.arrived_at for sequence in leaders]
+        assert arrived == sorted(arrived)
+        assert max(arrived, default=0.0) < min((s.arrived_at for s in waiting), default=1e9)
+        assert not any(sequence.was_preempted for sequence in self.live)
+
+
+OneTenantMachine.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None
+)
+TestOneTenant = OneTenantMachine.TestCase
 SchedulerMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None
 )
