@@ -138,8 +138,7 @@ class EngineCore:
             return []
         *earlier, last = search.best
         events = [TokenEvent(one.chosen, one.top) for one in earlier]
-        ended = self._ends(leader, last.chosen.token_id)
-        reason = FinishReason.EOS_TOKEN if ended else FinishReason.LENGTH
+        reason = self._finish_reason(leader, last.chosen.token_id, len(search.best))
         events.append(TokenEvent(last.chosen, last.top, reason))
         events[0] = replace(events[0], queue_seconds=leader.queue_seconds)
         self._remove(leader)
@@ -151,7 +150,7 @@ class EngineCore:
             return self._fail(sequence, _NOT_FINITE)
         sequence.output_ids.append(chosen.chosen.token_id)
         first = len(sequence.output_ids) == 1
-        reason = self._finish_reason(sequence)
+        reason = self._finish_reason(sequence, chosen.chosen.token_id, len(sequence.output_ids))
         event = TokenEvent(
             chosen.chosen, chosen.top, reason, sequence.queue_seconds if first else None
         )
@@ -159,15 +158,18 @@ class EngineCore:
             self._remove(sequence)
         return sequence.request.request_id, event
 
-    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        if self._ends(sequence, sequence.output_ids[-1]):
-            return FinishReason.EOS_TOKEN
-        if len(sequence.output_ids) == sequence.request.sampling.max_new_tokens:
+    def _finish_reason(
+        self, sequence: Sequence, token_id: int, num_tokens: int
+    ) -> FinishReason | None:
+        """Why a text ends with `token_id`, its last of `num_tokens`; None where it goes on."""
+        params = sequence.request.sampling
+        at_limit = num_tokens == params.max_new_tokens
+        # A model may force the end there, of whatever text: the limit ended that.
+        if at_limit and self._special.forced_eos is not None:
             return FinishReason.LENGTH
-        return None
-
-    def _ends(self, sequence: Sequence, token_id: int) -> bool:
-        return token_id in self._special.eos and not sequence.request.sampling.ignore_eos
+        if token_id in self._special.eos and not params.ignore_eos:
+            return FinishReason.EOS_TOKEN
+        return FinishReason.LENGTH if at_limit else None
 
     def _fail_running(self, reason: str) -> list[Event]:
         running = list(self._scheduler.running)

@@ -171,9 +171,17 @@ def test_hypotheses_differ_from_greedy_and_end_early(loaded: LoadedModel) -> Non
 def test_forced_tokens(loaded: LoadedModel, params: dict[str, Any], forced: dict[str, int]) -> None:
     plans = [Plan(prompt, params) for prompt in PROMPTS]
     own = {name.removesuffix("_token_id"): token for name, token in forced.items()}
-    assert [ids(events) for events in run(loaded, plans, **own)] == [
-        alone(loaded, plan, **forced) for plan in plans
-    ]
+    found = run(loaded, plans, **own)
+    assert [ids(events) for events in found] == [alone(loaded, plan, **forced) for plan in plans]
+
+
+@pytest.mark.parametrize("params", [{}, {"num_beams": 3}], ids=str)
+def test_a_text_whose_end_is_forced_was_ended_by_the_limit(params: dict[str, Any]) -> None:
+    plan = Plan(PROMPTS[0], {**params, "min_new_tokens": 11})
+    [events] = run(model("bart"), [plan], forced_eos=EOS[0])
+    last = events[-1]
+    assert isinstance(last, TokenEvent)
+    assert (last.chosen.token_id, last.finish_reason) == (EOS[0], FinishReason.LENGTH)
 
 
 @pytest.mark.parametrize("general", [False, True])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from httpx_sse import connect_sse
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save
 from transformers import AutoModelForSeq2SeqLM
@@ -186,3 +187,20 @@ def test_a_source_over_the_encoders_length(served: LiveServer, loaded: LoadedMod
     assert f"at most {limit}" in answer.json()["error"]
     body["parameters"] = {"max_new_tokens": 2, "truncate": limit}
     assert served.client.post("/generate", json=body).status_code == 200
+
+
+def test_bad_input_disturbs_nothing_that_runs(served: LiveServer, loaded: LoadedModel) -> None:
+    prefix, new = random_groups(loaded, GROUPS, 4, seed=8), 60
+    served.upload("running", prefix)
+    body = {"inputs": SOURCE, "task_id": "running", "parameters": {"max_new_tokens": new}}
+    with connect_sse(served.client, "POST", "/generate_stream", json=body) as source:
+        events = source.iter_sse()
+        told = [json.loads(next(events).data)["token"]["id"]]
+        own = random_groups(loaded, (DECODER,), 4, seed=1)
+        refused(served, Prefix.of(own.keys, own.values, "of another kind").to_bytes())
+        for inputs, more in (("a " * 3000, {}), (SOURCE, {"num_beams": 9})):
+            bad = {"inputs": inputs, "parameters": more}
+            assert served.client.post("/generate", json=bad).status_code == 422
+        told += [json.loads(event.data)["token"]["id"] for event in events]
+    ids = tuple(loaded.tokenizer(SOURCE)["input_ids"])
+    assert told == greedy(loaded, prefix, ids, new)[0]
