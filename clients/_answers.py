@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -134,6 +134,44 @@ class Version(_Answer):
     method: str
     base_model: str
     created_at: datetime
+
+
+class TenantLimits(_Answer):
+    """What a tenant may use; docs/limits.md has the names.
+
+    Attributes:
+        limits: what is set for it.
+        effective: what holds: the server's default where nothing is set; None is no limit.
+    """
+
+    tenant: str
+    limits: dict[str, int | float | None]
+    effective: dict[str, int | float | None]
+
+
+class KeyLimits(_Answer):
+    """What is set for one API key, beside its tenant's limits."""
+
+    tenant: str
+    key_id: str
+    limits: dict[str, int | float | None]
+
+
+class UsageRow(_Answer):
+    """What a tenant used of a task on a day (UTC).
+
+    Attributes:
+        task_id: None is the bare base model.
+        sequences: texts begun; each input of a call is one.
+    """
+
+    day: date
+    tenant: str
+    task_id: str | None
+    sequences: int
+    prompt_tokens: int
+    prefix_tokens: int
+    generated_tokens: int
 
 
 class Health(_Answer):

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, overload
@@ -15,7 +16,17 @@ from httpx_sse import EventSource
 from tenacity import AsyncRetrying
 
 from clients import _calls as calls
-from clients._answers import Generation, Health, ServerInfo, StreamToken, Task, Version
+from clients._answers import (
+    Generation,
+    Health,
+    KeyLimits,
+    ServerInfo,
+    StreamToken,
+    Task,
+    TenantLimits,
+    UsageRow,
+    Version,
+)
 from clients._calls import Call, Parameters
 from clients._files import Progress, UploadSource, save_file, upload_body
 from clients._responses import (
@@ -170,6 +181,39 @@ class AsyncClient:
     async def delete_version(self, task_id: str, version: str) -> None:
         """Remove a version that is neither active nor in a split."""
         await self._fetch(calls.delete_version(task_id, version))
+
+    async def all_limits(self) -> list[TenantLimits]:
+        """The tenants for which limits are set."""
+        return await self._fetch(calls.all_limits())
+
+    async def limits(self, tenant: str) -> TenantLimits:
+        """A tenant's limits, as set and as they hold."""
+        return await self._fetch(calls.limits(tenant))
+
+    async def set_limits(
+        self,
+        tenant: str,
+        limits: Mapping[str, int | float | None],
+        *,
+        key_id: str | None = None,
+    ) -> TenantLimits | KeyLimits:
+        """Replace a tenant's limits, or those of one of its keys.
+
+        Args:
+            limits: by name; None is no limit, and what is not named the server's default.
+        """
+        return await self._fetch(calls.set_limits(tenant, limits, key_id))
+
+    async def usage(
+        self,
+        *,
+        tenant: str | None = None,
+        task_id: str | None = None,
+        first: date | None = None,
+        last: date | None = None,
+    ) -> list[UsageRow]:
+        """Tokens by day (UTC), tenant and task; without days of the last 30."""
+        return await self._fetch(calls.usage(tenant, task_id, first, last))
 
     async def health(self) -> Health:
         """Whether the server takes requests now; not retried."""

@@ -6,12 +6,21 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx
 
-from clients._answers import Generation, ServerInfo, Task, Version
+from clients._answers import (
+    Generation,
+    KeyLimits,
+    ServerInfo,
+    Task,
+    TenantLimits,
+    UsageRow,
+    Version,
+)
 from clients._errors import InvalidArgumentError
 from clients._files import CountedStream, Progress
 from clients._responses import reader
@@ -191,6 +200,35 @@ def split(task_id: str, shares: Mapping[str, int], if_match: str | None) -> Call
 def delete_version(task_id: str, version: str) -> Call[bytes]:
     """Removal of one version."""
     return Call("DELETE", f"{_task_path(task_id)}/versions/{_segment(version)}", bytes)
+
+
+def all_limits() -> Call[list[TenantLimits]]:
+    """Every tenant for which limits are set."""
+    return Call("GET", "/admin/limits", reader(list[TenantLimits]))
+
+
+def limits(tenant: str) -> Call[TenantLimits]:
+    """A tenant's limits."""
+    return Call("GET", f"/admin/tenants/{_segment(tenant)}/limits", reader(TenantLimits))
+
+
+def set_limits(
+    tenant: str, limits: Mapping[str, int | float | None], key_id: str | None
+) -> Call[TenantLimits | KeyLimits]:
+    """Other limits of a tenant, or of one of its keys."""
+    path, body = f"/admin/tenants/{_segment(tenant)}", {"json": dict(limits)}
+    if key_id is None:
+        return Call("PUT", f"{path}/limits", reader(TenantLimits), body)
+    return Call("PUT", f"{path}/keys/{_segment(key_id)}/limits", reader(KeyLimits), body)
+
+
+def usage(
+    tenant: str | None, task_id: str | None, first: date | None, last: date | None
+) -> Call[list[UsageRow]]:
+    """What was used."""
+    asked = {"tenant": tenant, "task": task_id, "from": first, "to": last}
+    params = {name: str(value) for name, value in asked.items() if value is not None}
+    return Call("GET", "/admin/usage", reader(list[UsageRow]), {"params": params})
 
 
 def info() -> Call[ServerInfo]:

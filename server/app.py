@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from server.api import admin, generate, health, versions
+from server.api import admin, generate, health, tenant_limits, usage, versions
+from server.api.auditing import Auditing
 from server.api.errors import install_error_handlers
 from server.api.limits import BodyLimit
 from server.services import VERSION, Services
@@ -33,7 +34,15 @@ def create_app(services: Services) -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
     )
+    app.add_middleware(Auditing, log=services.audit)
     install_error_handlers(app)
-    for router in (generate.router, admin.router, versions.router, health.router):
+    for router in (
+        generate.router,
+        admin.router,
+        versions.router,
+        tenant_limits.router,
+        usage.router,
+        health.router,
+    ):
         app.include_router(router)
     return app

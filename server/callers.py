@@ -29,6 +29,11 @@ class Caller:
     key_id: str | None
     scopes: frozenset[Scope]
 
+    @property
+    def is_operator(self) -> bool:
+        """Whether they run the server: an administrator of the default tenant."""
+        return self.tenant == DEFAULT_TENANT and Scope.ADMIN in self.scopes
+
 
 ANYBODY = Caller(DEFAULT_TENANT, None, frozenset(Scope))
 """Every caller of a server without authentication."""

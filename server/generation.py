@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from prefix_store.errors import CorruptArtefactError, UnknownVersionError
 from prefix_store.prefix import SOURCE
 from prefix_store.task import TaskRecord
+from server.accounting.account import Accounting, SequenceAccount
 from server.callers import Caller
 from server.chunks import Chunk, TextAssembler
 from server.engine.protocol import (
@@ -24,6 +25,7 @@ from server.engine.protocol import (
 )
 from server.errors import DrainingError, InvalidRequestError
 from server.metrics import Metrics
+from server.request_context import current_request
 from server.residency import ResidentPrefixes
 from server.sequence_clock import SequenceClock
 from server.tasks import TaskService
@@ -43,7 +45,7 @@ class GenerationJob:
         caller: who asks.
         sampling: its `max_new_tokens` and `seed` are replaced by the two below.
         user: whoever it is for; gets the same version of a split task each time.
-        max_new_tokens: None for up to `DEFAULT_NEW_TOKENS`, fewer where fewer fit.
+        max_new_tokens: None for up to `default_new_tokens`, fewer where fewer fit.
         seed: None for a random one for each input.
         stop: strings that end the text.
         truncate: keep only so many tokens of a prompt, its last.
@@ -55,6 +57,7 @@ class GenerationJob:
     sampling: SamplingParams
     user: str | None = None
     max_new_tokens: int | None = None
+    default_new_tokens: int = DEFAULT_NEW_TOKENS
     seed: int | None = None
     stop: tuple[str, ...] = ()
     truncate: int | None = None
@@ -81,12 +84,18 @@ class Generation:
     """One sequence on its way. Iterate once."""
 
     def __init__(
-        self, usage: Usage, stream: TokenStream, text: TextAssembler, clock: SequenceClock
+        self,
+        usage: Usage,
+        stream: TokenStream,
+        text: TextAssembler,
+        clock: SequenceClock,
+        account: SequenceAccount,
     ) -> None:
         self.usage = usage
         self._stream = stream
         self._text = text
         self._clock = clock
+        self._account = account
 
     async def __aiter__(self) -> AsyncGenerator[Chunk]:
         """Its tokens as they come.
@@ -96,10 +105,12 @@ class Generation:
         """
         async for event in self._stream:
             self._clock.token(event)
+            self._account.token()
             chunk = self._text.chunk(event)
             if chunk.finish is not None:
                 await self._stream.aclose()  # a stop string ends it before the engine knows
                 self._clock.finished()
+                await self._account.finished()
             yield chunk
 
 
@@ -114,10 +125,19 @@ class Generator:
         prefixes: ResidentPrefixes,
         metrics: Metrics,
         *,
+        accounting: Accounting,
         max_beams: int,
+        log_prompts: bool = False,
     ) -> None:
+        """
+        Args:
+            accounting: counts what callers use, and holds them to their limits.
+            log_prompts: write inputs to the log.
+        """
         self._engine = engine
+        self._accounting = accounting
         self._max_beams = max_beams
+        self._log_prompts = log_prompts
         self._tokenizer = tokenizer
         self._tasks = tasks
         self._prefixes = prefixes
@@ -141,6 +161,7 @@ class Generator:
             UnknownTaskError, StoreUnavailableError, InvalidPrefixError: its task's prefix cannot
                 be had.
             PrefixTooLargeError, CacheFullError: there is no room for it.
+            LimitExceededError: the caller's limits do not allow it now.
             InvalidRequestError, RequestTooLongError, QueueFullError, EngineFailedError,
             DrainingError
         """
@@ -162,21 +183,40 @@ class Generator:
                 f"num_beams is {job.sampling.num_beams}; expected at most {self._max_beams}, this "
                 "server's limit, which --max-beams and --max-slots set"
             )
+        self._tell_log(job)
+        account = await stack.enter_async_context(
+            self._accounting.call(job.caller, len(job.inputs))
+        )
         record, split = await self._lease(job, stack)
+        job = _bounded(job, account.max_new_tokens)
         requests = [
             await self._request(job, position, record) for position in range(len(job.inputs))
         ]
+        await account.reserve(
+            [len(request.prompt_ids) + request.sampling.max_new_tokens for request in requests]
+        )
         label = self._metrics.tasks.known(job.task_id)
         generations = []
-        for request in requests:
-            stream = self._engine.submit(request)
+        for position, request in enumerate(requests):
+            stream = self._engine.submit(replace(request, weight=account.weight))
             stack.push_async_callback(stream.aclose)
             clock = SequenceClock(self._metrics, label, started, request)
+            stack.callback(clock.ended)
             if record is not None and split:
                 clock.compare(self._metrics.splits.started(label, record.version))
             text = TextAssembler(self._tokenizer, job.stop)
-            generations.append(Generation(_usage(request, record), stream, text, clock))
+            usage = _usage(request, record)
+            sequence = account.sequence(
+                position, usage.task_id, usage.prompt_tokens, usage.prefix_tokens
+            )
+            generations.append(Generation(usage, stream, text, clock, sequence))
         return generations
+
+    def _tell_log(self, job: GenerationJob) -> None:
+        facts = current_request().facts
+        facts["task"] = job.task_id
+        if self._log_prompts:
+            facts["inputs"] = list(job.inputs)
 
     async def _lease(
         self, job: GenerationJob, stack: AsyncExitStack
@@ -187,10 +227,12 @@ class Generator:
         for anew in (False, True):  # its version may have been dropped since it was looked up
             task = await self._tasks.resolve(job.task_id, anew=anew)
             record = task.chosen(job.user)
+            started = time.time_ns()
             try:
                 await stack.enter_async_context(self._prefixes.lease(record))
             except UnknownVersionError:
                 continue
+            current_request().timed("prefix load", started, time.time_ns(), version=record.version)
             return record, bool(task.split)
         raise CorruptArtefactError(
             f"task {job.task_id!r} is at version {record.version}, which the store does not have; "
@@ -231,7 +273,7 @@ class Generator:
             left = self._engine.room(prompt_tokens, prefix_tokens)
         except RequestTooLongError as error:
             raise RequestTooLongError(f"{where}{error}") from None
-        wanted = job.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, left))
+        wanted = job.max_new_tokens or max(1, min(job.default_new_tokens, left))
         if wanted > left:
             limit = self._engine.max_length
             prompt = limit - left - prefix_tokens  # one token where an encoder reads the input
@@ -247,6 +289,19 @@ class Generator:
                 f"{wanted}; expected at most that"
             )
         return wanted
+
+
+def _bounded(job: GenerationJob, most: int | None) -> GenerationJob:
+    """The job with no more new tokens than its caller may ask for."""
+    if most is None:
+        return job
+    if job.max_new_tokens is None:
+        return replace(job, default_new_tokens=min(job.default_new_tokens, most))
+    if job.max_new_tokens > most:
+        raise InvalidRequestError(
+            f"max_new_tokens is {job.max_new_tokens}; expected at most {most}, this caller's limit"
+        )
+    return job
 
 
 def _usage(request: GenerationRequest, record: TaskRecord | None) -> Usage:

@@ -182,6 +182,9 @@ class Metrics:
         self.prompt_tokens = make.counter("prompt_tokens", "Tokens of prompts", "task")
         self.generated_tokens = make.counter("generated_tokens", "Tokens generated", "task")
         self.splits = SplitMetrics(make, max_tasks)
+        self.tenant_tokens = make.counter(
+            "tenant_tokens", "Tokens that tenants were told of", "tenant", "kind"
+        )
         self.store_connected = make.gauge(
             "store_connected", "1 while the prefix store answers, 0 while it is away"
         )

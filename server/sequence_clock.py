@@ -1,4 +1,4 @@
-"""What the metrics are told of one sequence."""
+"""Measures one sequence, for metrics and traces."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import time
 
 from server.engine.protocol import GenerationRequest, TokenEvent
 from server.metrics import Metrics, SplitSequence
+from server.request_context import current_request
 
 
 class SequenceClock:
-    """Measures one sequence."""
+    """From a sequence's submission to its end."""
 
     def __init__(
         self, metrics: Metrics, label: str, started: float, request: GenerationRequest
     ) -> None:
+        """
+        Args:
+            label: of its task.
+            started: when its request came, by `time.perf_counter`.
+        """
         self._metrics = metrics
         self._started = started
         self._last: float | None = None
@@ -22,6 +28,9 @@ class SequenceClock:
         self._queue_seconds = metrics.queue_seconds.labels(metrics.tenants.known(request.tenant))
         # The tokens of a search come at once when it ends: there is no time between them.
         self._one_by_one = request.sampling.num_beams == 1
+        self._request = current_request()
+        self._submitted_ns = time.time_ns()
+        self._first_ns: int | None = None
         metrics.prompt_tokens.labels(label).inc(len(request.prompt_ids))
 
     def compare(self, sequence: SplitSequence) -> None:
@@ -29,10 +38,11 @@ class SequenceClock:
         self._compared = sequence
 
     def token(self, event: TokenEvent) -> None:
-        """A token came."""
+        """It has another token."""
         now = time.perf_counter()
         if event.queue_seconds is not None:
             self._queue_seconds.observe(event.queue_seconds)
+            self._tell_start(event.queue_seconds)
         if self._last is None:
             self._metrics.ttft_seconds.observe(now - self._started)
         elif self._one_by_one:
@@ -43,8 +53,19 @@ class SequenceClock:
             self._compared.tokens.inc()
 
     def finished(self) -> None:
-        """The last one did."""
+        """That was its last one."""
         seconds = time.perf_counter() - self._started
         self._metrics.e2e_seconds.observe(seconds)
         if self._compared is not None:
             self._compared.seconds.observe(seconds)
+
+    def ended(self) -> None:
+        """It is over, finished or not."""
+        if self._first_ns is not None:
+            self._request.timed("decode", self._first_ns, time.time_ns())
+
+    def _tell_start(self, queue_seconds: float) -> None:
+        self._first_ns = now = time.time_ns()
+        admitted = min(self._submitted_ns + int(queue_seconds * 1e9), now)
+        self._request.timed("queue", self._submitted_ns, admitted)
+        self._request.timed("prefill", admitted, now)

@@ -15,15 +15,17 @@ from collections.abc import Awaitable, Callable, Generator
 import torch
 import uvicorn
 import uvloop
-from transformers.utils.logging import disable_progress_bar
 
 from prefix_store.errors import PrefixStoreError
 from prefix_store.model_loading import LoadedModel, default_device, default_dtype, load_base_model
+from server.api.request_log import RequestLog
 from server.app import create_app
 from server.demo_tasks import DEMO_TASKS
 from server.errors import StartupError
+from server.logs import configure_logging
 from server.services import VERSION, Services, running_services
 from server.settings import Settings, load_settings
+from server.tracing import opened_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> None:
     """Serve until SIGTERM or SIGINT, then exit with code 0; 1 where the server cannot start."""
     try:
         settings = load_settings(argv)
-        _configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         with bind(settings.host, settings.port) as listener:
             loaded = _load_model(settings)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -57,12 +59,16 @@ async def serve(
         on_ready: awaited once requests are answered, with the server's address.
     """
     stop = _stop_on_signals() if stop is None else stop
-    async with running_services(settings, loaded) as services, asyncio.TaskGroup() as group:
+    async with (
+        opened_tracing(settings.otlp_endpoint) as tracing,
+        running_services(settings, loaded) as services,
+        asyncio.TaskGroup() as group,
+    ):
         config = uvicorn.Config(
-            create_app(services),
+            RequestLog(create_app(services), tracing),
             lifespan="off",
             log_config=None,
-            access_log=settings.log_level == "debug",
+            access_log=False,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
         server = _Server(config, lambda: on_ready(services, _address(listener)))
@@ -89,17 +95,6 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
-
-
-def _configure_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    for noisy in ("httpx", "httpcore", "urllib3", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -14,6 +14,9 @@ from prefix_store.errors import IncompatiblePrefixError
 from prefix_store.model_loading import LoadedModel
 from prefix_store.opening import opened_store
 from prefix_store.redis_store.durability import Wait
+from server.accounting.account import Accounting
+from server.accounting.running import running_accounting
+from server.audit import AuditLog
 from server.demo_tasks import DEMO_TASKS
 from server.engine.native import NativeEngine
 from server.engine.protocol import Engine, EngineConfig
@@ -39,6 +42,8 @@ class Services:
     tasks: TaskService
     generator: Generator
     metrics: Metrics
+    accounting: Accounting
+    audit: AuditLog
     dtype: str
     device: str
 
@@ -99,6 +104,11 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
         )
         stack.push_async_callback(directory.close)
         await directory.start()
+        accounting = await stack.enter_async_context(
+            running_accounting(settings, store.connection, metrics)
+        )
+        audit_log = settings.audit_log or settings.data_dir / "audit.jsonl"
+        audit = await stack.enter_async_context(AuditLog(audit_log))
         tasks = TaskService(
             store, directory, engine, tokenizer, metrics, prefixes=prefixes, pins=pins
         )
@@ -112,9 +122,13 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
                 tasks,
                 prefixes,
                 metrics,
+                accounting=accounting,
                 max_beams=min(settings.max_beams, settings.max_slots),
+                log_prompts=settings.log_prompts,
             ),
             metrics=metrics,
+            accounting=accounting,
+            audit=audit,
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             device=loaded.model.device.type,
         )

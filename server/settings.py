@@ -20,6 +20,7 @@ from prefix_store.opening import DEFAULT_DATA_DIR
 from prefix_store.redis_store.connecting import URL_PATTERN
 from server.engine.protocol import Quantize
 from server.errors import StartupError
+from server.logs import LogFormat
 
 ENV_PREFIX = "PREFIXSERVE_"
 
@@ -119,6 +120,30 @@ class Settings(BaseSettings):
     max_metric_tasks: int = Field(default=100, ge=0, le=10_000)
     """Tasks, and tenants, that have a label of their own in /metrics; the rest share one, other."""
 
+    limit_requests_per_minute: Count | None = None
+    """Calls that a tenant may generate with in any 60 seconds, unless it has a limit of its own."""
+
+    limit_tokens_per_minute: Count | None = None
+    """Prompt and generated tokens of a tenant in any 60 seconds."""
+
+    limit_concurrent_requests: Count | None = None
+    """Sequences of a tenant that wait or run at once."""
+
+    limit_queued_requests: Count | None = None
+    """Sequences of a tenant that wait for their first token at once."""
+
+    limit_max_new_tokens: Count | None = None
+    """Largest max_new_tokens of a request."""
+
+    limit_stored_bytes: ByteSize | None = Field(default=None, ge=1)
+    """Bytes of all versions that a tenant keeps."""
+
+    limit_tasks: Count | None = None
+    """Tasks of a tenant."""
+
+    limit_prefix_tokens: Count | None = None
+    """Longest prefix of a tenant's tasks."""
+
     store_timeout_seconds: Seconds = 5.0
     """How long to wait for the store to answer."""
 
@@ -132,7 +157,19 @@ class Settings(BaseSettings):
     """How long running requests may take to finish after SIGTERM."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much to write to stderr; debug includes a line per request."""
+    """How much to write to stderr; info includes a line per request that is no health check."""
+
+    log_format: LogFormat = "text"
+    """How: text for people, or a JSON object per line."""
+
+    log_prompts: bool = False
+    """Write the inputs of requests to the log, too."""
+
+    audit_log: Path | None = None
+    """File for the log of administrative changes; by default audit.jsonl in data_dir."""
+
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^/]")
+    """OpenTelemetry collector to send traces to, such as http://localhost:4318."""
 
     @classmethod
     def settings_customise_sources(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
@@ -26,12 +26,14 @@ class Connected:
         address: for messages, without user, password and query.
         timeout: most seconds that it waits for an answer.
         sentinel: to be closed too.
+        url: what `connect` was given; it may hold a password.
     """
 
     client: Redis
     address: str
     timeout: float
     sentinel: Sentinel | None = None
+    url: str = field(default="", repr=False)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -40,13 +42,14 @@ class Connected:
             await self.sentinel.aclose()
 
 
-def connect(url: str, timeout: float) -> Connected:
+def connect(url: str, timeout: float, *, retries: int = _RETRIES) -> Connected:
     """A client for a `redis://`, `rediss://`, `unix://`, `redis+cluster://host:port,host:port` or
     `redis+sentinel://host:port,host:port/service/db` URL; `rediss+` where TLS is spoken.
 
     Args:
         timeout: most seconds to wait to connect, for each answer and for a free connection; a
-            failed call is retried three times within about a second.
+            failed call is retried.
+        retries: how often; three times take about a second.
 
     Raises:
         ValueError: not such a URL.
@@ -55,16 +58,16 @@ def connect(url: str, timeout: float) -> Connected:
     options: dict[str, Any] = {
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
-        "retry": Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), _RETRIES),
+        "retry": Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), retries),
     }
     if kind == "cluster":
-        return _cluster(scheme, url, options)
+        return replace(_cluster(scheme, url, options), url=url)
     if kind == "sentinel":
-        return _sentinel(scheme, url, options)
+        return replace(_sentinel(scheme, url, options), url=url)
     pool = BlockingConnectionPool.from_url(
         url, max_connections=_MAX_CONNECTIONS, timeout=timeout, **options
     )
-    return Connected(Redis.from_pool(pool), _address(url), timeout)
+    return Connected(Redis.from_pool(pool), _address(url), timeout, url=url)
 
 
 def _cluster(scheme: str, url: str, options: dict[str, Any]) -> Connected:

@@ -95,6 +95,11 @@ class RedisPrefixStore:
             chunk_bytes=chunk_bytes,
         )
 
+    @property
+    def connection(self) -> Connected:
+        """How it reaches the server, for what else is kept there."""
+        return self._connected
+
     async def put(
         self,
         task_id: str,

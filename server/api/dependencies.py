@@ -17,7 +17,8 @@ async def _services(request: Request) -> Services:
     return cast("Services", request.app.state.services)
 
 
-async def _caller() -> Caller:
+async def _caller(request: Request) -> Caller:
+    request.state.caller = ANYBODY
     return ANYBODY
 
 

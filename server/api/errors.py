@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -27,6 +28,7 @@ from prefix_store.errors import (
     UnknownVersionError,
     VersionConflictError,
 )
+from server.accounting.errors import LimitExceededError, QuotaExceededError
 from server.api.schemas import ErrorResponse
 from server.engine.protocol import EngineFailedError, QueueFullError, RequestTooLongError
 from server.errors import DrainingError, ForbiddenError, InvalidRequestError
@@ -56,6 +58,8 @@ class ErrorAnswer:
 # The first line that fits counts. Every text of these errors is written for the end user.
 _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
     (ForbiddenError, 403, "forbidden", {}),
+    (QuotaExceededError, 403, "quota_exceeded", {}),
+    (LimitExceededError, 429, "rate_limited", {}),
     (UnknownTaskError, 404, "not_found", {}),
     (UnknownVersionError, 404, "not_found", {}),
     (PinsFullError, 409, "conflict", {}),
@@ -81,7 +85,7 @@ def answer_to(error: BaseException) -> ErrorAnswer:
     """How to answer any error; what is not in the table tells nothing of its inside."""
     for kind, status, error_type, headers in _KINDS:
         if isinstance(error, kind):
-            return ErrorAnswer(status, error_type, str(error), headers)
+            return ErrorAnswer(status, error_type, str(error), {**headers, **_retry(error)})
     if isinstance(error, RequestValidationError):
         return _validation_answer(error)
     if isinstance(error, StarletteHTTPException):
@@ -104,6 +108,12 @@ def response_to(error: Exception) -> Response:
     return Response(
         answer.body(), answer.status, dict(answer.headers), media_type="application/json"
     )
+
+
+def _retry(error: BaseException) -> Mapping[str, str]:
+    if isinstance(error, LimitExceededError):
+        return {"Retry-After": str(math.ceil(error.retry_after))}
+    return {}
 
 
 async def _handle(request: Request, error: Exception) -> Response:

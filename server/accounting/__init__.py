@@ -1,0 +1,1 @@
+"""What tenants may use, and what they used. `docs/limits.md` says what clients see of it."""
