@@ -29,7 +29,17 @@ LATEST = ROOT / "benchmarks" / "results" / "latest.json"
 PLOT = ROOT / "docs" / "images" / "performance.png"
 NAMES = tuple(
     name
-    for name in ("engine", "http", "peers", "tasks", "cold", "shared_prefix", "int8", "training")
+    for name in (
+        "engine",
+        "http",
+        "peers",
+        "tasks",
+        "cold",
+        "shared_prefix",
+        "structured",
+        "int8",
+        "training",
+    )
     if importlib.util.find_spec(f"benchmarks.{name}")
 )
 _SMOKE_WORKERS = 2

@@ -31,7 +31,12 @@ from prefix_store.prefix import Prefix
 from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore
 from server.engine.packed_model import pack
-from server.engine.protocol import EngineConfig, GenerationRequest, SamplingParams
+from server.engine.protocol import (
+    CompiledGrammar,
+    EngineConfig,
+    GenerationRequest,
+    SamplingParams,
+)
 from server.engine.runner import Runner
 from server.engine.sequence import Sequence
 from server.engine.special_tokens import SpecialTokens
@@ -40,13 +45,19 @@ MAX_SLOTS, MAX_LENGTH = 64, 256
 
 
 def decode_rate(
-    runner: Runner, prompt_ids: list[tuple[int, ...]], prefixes: list[Prefix | None], new: int
+    runner: Runner,
+    prompt_ids: list[tuple[int, ...]],
+    prefixes: list[Prefix | None],
+    new: int,
+    grammars: list[CompiledGrammar | None] | None = None,
 ) -> float:
     """Tokens per second of one batch from the first token of all to the last."""
     core = EngineCore(runner, EngineConfig(max_slots=MAX_SLOTS), SpecialTokens())
+    params = SamplingParams(max_new_tokens=new)
+    grammars = grammars or [None] * len(prompt_ids)
     sequences = [
-        Sequence(GenerationRequest(str(i), ids, SamplingParams(max_new_tokens=new)), prefix)
-        for i, (ids, prefix) in enumerate(zip(prompt_ids, prefixes, strict=True))
+        Sequence(GenerationRequest(str(i), ids, params, grammar=grammar), prefix)
+        for i, (ids, prefix, grammar) in enumerate(zip(prompt_ids, prefixes, grammars, strict=True))
     ]
     for sequence in sequences:
         core.add(sequence)

@@ -34,4 +34,6 @@ TARGETS: Mapping[str, Target] = {
     "cold_itl_ratio_p99": Target(1.2, at_most=True),
     "shared_prefix_memory": Target(0.1, at_most=True),
     "shared_prefix_speed": Target(1.3),
+    "plain_beside_structured_1": Target(0.97),
+    "plain_beside_structured_8": Target(0.97),
 }

@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from prefix_store.errors import CorruptArtefactError, UnknownVersionError
 from prefix_store.prefix import SOURCE
 from prefix_store.task import TaskRecord
+from server import structured_output
 from server.accounting.account import Accounting, SequenceAccount
 from server.callers import Caller
 from server.chunks import Chunk, TextAssembler
 from server.engine.protocol import (
+    CompiledGrammar,
     Engine,
     EngineFailedError,
     GenerationRequest,
+    Grammar,
     RequestTooLongError,
     SamplingParams,
     TokenStream,
@@ -49,6 +52,7 @@ class GenerationJob:
         seed: None for a random one for each input.
         stop: strings that end the text.
         truncate: keep only so many tokens of a prompt, its last.
+        grammar: what each text must be; None for any text.
     """
 
     inputs: tuple[str, ...]
@@ -61,6 +65,7 @@ class GenerationJob:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     truncate: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +167,8 @@ class Generator:
                 be had.
             PrefixTooLargeError, CacheFullError: there is no room for it.
             LimitExceededError: the caller's limits do not allow it now.
-            InvalidRequestError, RequestTooLongError, QueueFullError, EngineFailedError,
-            DrainingError
+            InvalidRequestError, InvalidGrammarError, RequestTooLongError, QueueFullError,
+            EngineFailedError, DrainingError
         """
         if self._draining:
             raise DrainingError("the server is shutting down; try again")
@@ -189,8 +194,10 @@ class Generator:
         )
         record, split = await self._lease(job, stack)
         job = _bounded(job, account.max_new_tokens)
+        grammar = await structured_output.compiled(self._engine, job.grammar, job.sampling)
         requests = [
-            await self._request(job, position, record) for position in range(len(job.inputs))
+            await self._request(job, position, record, grammar)
+            for position in range(len(job.inputs))
         ]
         await account.reserve(
             [len(request.prompt_ids) + request.sampling.max_new_tokens for request in requests]
@@ -240,7 +247,11 @@ class Generator:
         )
 
     async def _request(
-        self, job: GenerationJob, position: int, record: TaskRecord | None
+        self,
+        job: GenerationJob,
+        position: int,
+        record: TaskRecord | None,
+        grammar: CompiledGrammar | None,
     ) -> GenerationRequest:
         where = f"inputs[{position}]: " if len(job.inputs) > 1 else ""
         prompt_ids = await self._prompt_ids(job.inputs[position], record)
@@ -256,6 +267,7 @@ class Generator:
             sampling=replace(job.sampling, max_new_tokens=new_tokens, seed=seed),
             prefix_version=None if record is None else record.version,
             tenant=job.caller.tenant,
+            grammar=grammar,
         )
 
     async def _prompt_ids(self, inputs: str, record: TaskRecord | None) -> tuple[int, ...]:

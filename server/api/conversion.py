@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from server.api.grammars import grammar_of
 from server.api.parameters import Parameters
 from server.api.schemas import (
     Details,
@@ -42,8 +43,8 @@ def job_of(request: GenerateRequest, caller: Caller, *, stream: bool) -> Generat
     """What the generator is asked to do.
 
     Raises:
-        InvalidRequestError: two different task names, a stream of several inputs, or sampling
-            with beams.
+        InvalidRequestError: two different task names, a stream of several inputs, sampling with
+            beams, or a grammar that cannot be read.
     """
     parameters = request.parameters or Parameters()
     inputs = (request.inputs,) if isinstance(request.inputs, str) else tuple(request.inputs)
@@ -62,6 +63,7 @@ def job_of(request: GenerateRequest, caller: Caller, *, stream: bool) -> Generat
         seed=parameters.seed,
         stop=tuple(parameters.stop or ()),
         truncate=parameters.truncate,
+        grammar=grammar_of(parameters.grammar),
     )
 
 

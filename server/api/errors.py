@@ -30,7 +30,13 @@ from prefix_store.errors import (
 )
 from server.accounting.errors import LimitExceededError, QuotaExceededError
 from server.api.schemas import ErrorResponse
-from server.engine.protocol import EngineFailedError, QueueFullError, RequestTooLongError
+from server.engine.protocol import (
+    EngineFailedError,
+    GrammarFailedError,
+    InvalidGrammarError,
+    QueueFullError,
+    RequestTooLongError,
+)
 from server.errors import DrainingError, ForbiddenError, InvalidRequestError
 
 _SHOWN_CHARS = 80
@@ -69,6 +75,8 @@ _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
     (InvalidRequestError, 422, "validation", {}),
     (InvalidSplitError, 422, "validation", {}),
     (RequestTooLongError, 422, "validation", {}),
+    (InvalidGrammarError, 422, "validation", {}),
+    (GrammarFailedError, 422, "validation", {}),
     (InvalidPrefixError, 422, "invalid_prefix", {}),
     (PrefixTooLargeError, 413, "too_large", {}),
     (CacheFullError, 503, "overloaded", _RETRY),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from server.api.grammars import GrammarParameter
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
@@ -203,6 +205,8 @@ class Parameters(RequestModel):
     decoder_input_details: Annotated[bool | None, _only(False)] = Field(
         default=None, description="Not supported: false or null only.", examples=[False]
     )
-    grammar: Annotated[Any, _only(None)] = Field(
-        default=None, description="Not supported: null only.", examples=[None]
+    grammar: GrammarParameter | None = Field(
+        default=None,
+        description="The form that the text must have: JSON by a schema, a regular expression, or "
+        "one of some texts. Cut off at `max_new_tokens` it may not have it yet.",
     )

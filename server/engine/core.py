@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from server.engine.beam_search import BeamSearch
+from server.engine.grammar import Matcher
+from server.engine.processors import forced
 from server.engine.protocol import (
     EngineConfig,
     EngineFailedError,
@@ -26,6 +28,8 @@ from server.engine.special_tokens import SpecialTokens
 
 logger = logging.getLogger(__name__)
 
+# How long a step waits for those whose next tokens are not known yet.
+_PATIENCE_SECONDS = 0.002
 _NOT_FINITE = "the model's output holds NaN or infinity with this task's prefix"
 
 Event = tuple[str, TokenEvent | EngineFailedError]
@@ -109,20 +113,50 @@ class EngineCore:
         logits = self._runner.forward(spans)
         for span in spans:
             span.sequence.length = span.end
-        ending = [i for i, span in enumerate(spans) if span.completes_prompt]
+        events, waiting = self._follow_grammars(spans)
+        ending = [
+            i
+            for i, span in enumerate(spans)
+            if span.completes_prompt and span.sequence not in waiting
+        ]
         alone = [i for i in ending if not spans[i].sequence.is_beam]
         beams = {id(spans[i].sequence): i for i in ending if spans[i].sequence.is_beam}
-        events = []
         if alone:
             sequences = [spans[i].sequence for i in alone]
             own = logits if len(alone) == len(spans) else logits[alone]
             samples = sample(own, sequences, self._special)
-            events = list(map(self._advance, sequences, samples))
+            events += map(self._advance, sequences, samples)
         for request_id, search in tuple(self._searches.items()):
             rows = [beams[id(beam)] for beam in search.running if id(beam) in beams]
             if rows:  # it has its prompt, and a slot
                 events += self._search(request_id, logits[rows])
         return events
+
+    def _follow_grammars(self, spans: Rows[Span]) -> tuple[list[Event], set[Sequence]]:
+        """The end of those whose grammar leads nowhere, and all that choose no token in this step.
+
+        Where it is not known in time what may come next, the rest goes on: such a sequence computes
+        the same once more.
+        """
+        guided = [
+            (span, span.sequence.matcher)
+            for span in spans
+            if span.completes_prompt and span.sequence.matcher is not None
+        ]
+        Matcher.wait_for([matcher for _, matcher in guided], _PATIENCE_SECONDS)
+        events: list[Event] = []
+        waiting: set[Sequence] = set()
+        for span, matcher in guided:
+            sequence = span.sequence
+            if not matcher.is_ready:
+                sequence.length = span.start
+                sequence.is_decoding = span.start >= sequence.prefill_end
+                waiting.add(sequence)
+            elif matcher.failure is not None:
+                waiting.add(sequence)
+                self._remove(sequence)
+                events.append((sequence.request.request_id, matcher.failure))
+        return events, waiting
 
     def _search(self, request_id: str, logits: torch.Tensor) -> list[Event]:
         """A request's next tokens; the best hypothesis' events once the search has ended."""
@@ -148,9 +182,12 @@ class EngineCore:
         if chosen is None:
             self._runner.clear(sequence.slot)
             return self._fail(sequence, _NOT_FINITE)
-        sequence.output_ids.append(chosen.chosen.token_id)
+        token_id = chosen.chosen.token_id
+        if sequence.matcher is not None and forced(sequence, self._special) is None:
+            sequence.matcher.advance(token_id)
+        sequence.output_ids.append(token_id)
         first = len(sequence.output_ids) == 1
-        reason = self._finish_reason(sequence, chosen.chosen.token_id, len(sequence.output_ids))
+        reason = self._finish_reason(sequence, token_id, len(sequence.output_ids))
         event = TokenEvent(
             chosen.chosen, chosen.top, reason, sequence.queue_seconds if first else None
         )
@@ -162,8 +199,11 @@ class EngineCore:
         self, sequence: Sequence, token_id: int, num_tokens: int
     ) -> FinishReason | None:
         """Why a text ends with `token_id`, its last of `num_tokens`; None where it goes on."""
-        params = sequence.request.sampling
+        params, matcher = sequence.request.sampling, sequence.matcher
         at_limit = num_tokens == params.max_new_tokens
+        if matcher is not None:
+            ended = FinishReason.LENGTH if at_limit else None
+            return FinishReason.EOS_TOKEN if matcher.is_complete else ended
         # A model may force the end there, of whatever text: the limit ended that.
         if at_limit and self._special.forced_eos is not None:
             return FinishReason.LENGTH

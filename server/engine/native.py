@@ -22,13 +22,16 @@ from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore, Event
 from server.engine.device_copy import DeviceCopier
 from server.engine.event_stream import EventStream
+from server.engine.grammar import GrammarCompiler
 from server.engine.places import Places
 from server.engine.prefill import Prefill
 from server.engine.protocol import (
+    CompiledGrammar,
     EngineConfig,
     EngineFailedError,
     EngineStats,
     GenerationRequest,
+    Grammar,
     PrefixNotLoadedError,
     RequestTooLongError,
     StepObserver,
@@ -79,6 +82,7 @@ class NativeEngine:
         self._places = Places(config.max_slots, config.max_waiting)
         self._prefixes: dict[str, Prefix] = {}
         self._decoder_ids = () if special.decoder_start is None else (special.decoder_start,)
+        self._grammars = GrammarCompiler(loaded, special.eos)
         self._copier = DeviceCopier(loaded.model.device, loaded.model.dtype)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -184,6 +188,10 @@ class NativeEngine:
             self._settle()
         return await asyncio.to_thread(prefill.prefix)
 
+    async def compile_grammar(self, grammar: Grammar) -> CompiledGrammar:
+        """See `Engine.compile_grammar`."""
+        return await self._grammars.compile(grammar)
+
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
         return self._stats
@@ -198,6 +206,7 @@ class NativeEngine:
             logger.warning("%d requests were still running at the deadline", len(self._streams))
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+        self._grammars.close()
         self._prefixes.clear()
 
     async def _between_steps(self, work: Callable[[], None]) -> None:
@@ -225,6 +234,8 @@ class NativeEngine:
             raise ValueError(f"{request.sampling.num_beams} beams, {self._config.max_slots} slots")
         if not 0 < request.weight < math.inf:
             raise ValueError(f"a weight is a number above 0, not {request.weight}")
+        if request.sampling.num_beams > 1 and request.grammar is not None:
+            raise ValueError("beam search follows no grammar")
         if new > self.room(prompt, prefix_length):
             raise RequestTooLongError(
                 f"{prefix_length} prefix + {prompt} prompt + {new} new tokens are more than the "

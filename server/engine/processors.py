@@ -13,14 +13,14 @@ from server.engine.special_tokens import SpecialTokens
 
 
 def changes_scores(sequence: Sequence, special: SpecialTokens) -> bool:
-    """False where `process` would leave the next token's scores as they are."""
+    """False where `process` would leave the next token's scores as they are, but for a grammar."""
     params, generated = sequence.request.sampling, len(sequence.output_ids)
     return (
         params.repetition_penalty != 1.0
         or params.frequency_penalty != 0.0
         or params.no_repeat_ngram_size > 0
         or generated < params.min_new_tokens
-        or _forced(sequence, special) is not None
+        or forced(sequence, special) is not None
     )
 
 
@@ -39,9 +39,11 @@ def process(scores: torch.Tensor, sequence: Sequence, special: SpecialTokens) ->
         scores[banned] = -torch.inf
     if len(sequence.output_ids) < params.min_new_tokens:
         scores[list(special.eos)] = -torch.inf
-    if (token := _forced(sequence, special)) is not None:
+    if (token := forced(sequence, special)) is not None:
         scores.fill_(-torch.inf)
         scores[token] = 0
+    elif sequence.matcher is not None:
+        sequence.matcher.mask(scores)
 
 
 def _repeats(text: list[int], size: int) -> list[int]:
@@ -53,10 +55,11 @@ def _repeats(text: list[int], size: int) -> list[int]:
     return [text[i + size - 1] for i in range(start) if text[i : i + size - 1] == begun]
 
 
-def _forced(sequence: Sequence, special: SpecialTokens) -> int | None:
-    """The one token that may come, if there is one."""
+def forced(sequence: Sequence, special: SpecialTokens) -> int | None:
+    """The one token that may come, if the model's own configuration says so."""
     params, generated = sequence.request.sampling, len(sequence.output_ids)
-    if special.forced_eos is not None and generated == params.max_new_tokens - 1:
+    at_end = generated == params.max_new_tokens - 1 and sequence.matcher is None
+    if special.forced_eos is not None and at_end:
         return special.forced_eos
     if special.forced_bos is not None and len(sequence.prompt_ids) + generated == 1:
         return special.forced_bos

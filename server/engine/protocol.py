@@ -73,6 +73,28 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a generated text must be, in words that every engine understands.
+
+    Attributes:
+        kind: how to read `text`.
+        text: a JSON schema, or a regular expression that the whole text matches, or a JSON list of
+            the texts to choose from; empty for any JSON object.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice"]
+    text: str = ""
+
+
+class CompiledGrammar(Protocol):
+    """What one engine made of a grammar; only that engine can use it."""
+
+    @property
+    def grammar(self) -> Grammar:
+        """What it was made of."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate.
 
@@ -85,6 +107,8 @@ class GenerationRequest:
         weight: the tenant's from now on; > 0.
         priority: higher ones go first, always: a lower one runs in what they leave, and gives its
             slots up to them.
+        grammar: what `Engine.compile_grammar` gave, or None for any text. It ends when the grammar
+            allows nothing more, and the model can end it wherever the grammar allows an end.
     """
 
     request_id: str
@@ -94,6 +118,7 @@ class GenerationRequest:
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
+    grammar: CompiledGrammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +219,16 @@ class PrefixNotLoadedError(EngineError):
     """The request names a version that `load_prefix` was not given."""
 
 
+class InvalidGrammarError(EngineError):
+    """The grammar cannot be read, has no finite text, or is too large; or this model has none."""
+
+
 class EngineFailedError(EngineError):
     """The step this request was in failed, or the engine is closed."""
+
+
+class GrammarFailedError(EngineFailedError):
+    """The request's grammar turned out to be too complex, or led where no token can go on."""
 
 
 class TokenStream(Protocol):
@@ -266,6 +299,13 @@ class Engine(Protocol):
             IncompatiblePrefixError: the model has an encoder, which leaves nothing behind.
             InvalidPrefixError: the keys or values are not finite.
             EngineFailedError
+        """
+
+    async def compile_grammar(self, grammar: Grammar) -> CompiledGrammar:
+        """Make a grammar ready for requests, without disturbing those that run.
+
+        Raises:
+            InvalidGrammarError
         """
 
     def stats(self) -> EngineStats:

@@ -39,9 +39,8 @@ def sample(
     finite = normalizer.isfinite().tolist()
     special = [
         i
-        for i, sequence in enumerate(sequences)
-        if finite[i]
-        and (sequence.request.sampling.do_sample or changes_scores(sequence, special_tokens))
+        for i, (sequence, token_id) in enumerate(zip(sequences, token_ids.tolist(), strict=True))
+        if finite[i] and not _suffices(token_id, sequence, special_tokens)
     ]
     if special:
         token_ids[special] = _choose_special(
@@ -57,12 +56,19 @@ def sample(
     ]
 
 
+def _suffices(likeliest_id: int, sequence: Sequence, special_tokens: SpecialTokens) -> bool:
+    """Is the likeliest token a sequence's next one, whatever the others' scores are?"""
+    if sequence.request.sampling.do_sample or changes_scores(sequence, special_tokens):
+        return False
+    return sequence.matcher is None or sequence.matcher.allows(likeliest_id)
+
+
 def _choose_special(
     logits: torch.Tensor, sequences: Rows[Sequence], special_tokens: SpecialTokens
 ) -> torch.Tensor:
     """Token ids `[rows]` of rows that are processed or sampled; float32 `logits` is overwritten."""
     for row, sequence in zip(logits, sequences, strict=True):
-        if changes_scores(sequence, special_tokens):
+        if sequence.matcher is not None or changes_scores(sequence, special_tokens):
             process(row, sequence, special_tokens)
     params = [s.request.sampling for s in sequences]
     token_ids = logits.argmax(dim=-1)

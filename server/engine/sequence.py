@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from prefix_store.groups import DECODER, Group
 from prefix_store.prefix import Prefix
 from server.engine.account import Account
+from server.engine.grammar import Matcher, TokenGrammar
 from server.engine.protocol import GenerationRequest
 
 NO_SLOT = -1
@@ -28,6 +29,7 @@ class Sequence:
         output_ids: tokens generated so far; the last one is not in the slot yet.
         arrived_at, queued_at: when it came, and when it last began to wait for a slot.
         queue_seconds: how long it has waited for slots in all.
+        matcher: what its grammar allows next, or None where any text may come.
         is_sibling: a beam beside another, which computes the prompt for it.
         siblings: with beam search, the other beams: they get slots with it, but no prompt.
         prefill_ids: what it computes before it decodes: the prompt, and where it has lost a slot,
@@ -47,6 +49,7 @@ class Sequence:
     queued_at: float = field(init=False)
     queue_seconds: float = 0.0
     is_sibling: bool = False
+    matcher: Matcher | None = field(init=False, default=None)
     siblings: tuple[Sequence, ...] = field(init=False, default=())
     prefill_ids: tuple[int, ...] = field(init=False)
     is_decoding: bool = field(init=False, default=False)
@@ -59,6 +62,8 @@ class Sequence:
         self.prefill_ids = self.prompt_ids
         self.queued_at = self.arrived_at
         self.rng = random.Random(self.request.sampling.seed)  # noqa: S311 - not for secrets
+        if isinstance(self.request.grammar, TokenGrammar):
+            self.matcher = self.request.grammar.matcher()
         if not self.is_sibling:
             self.siblings = tuple(
                 Sequence(self.request, self.prefix, self.prompt_ids, is_sibling=True)

@@ -126,7 +126,6 @@ def test_a_wrong_body_is_422(server: LiveServer, body: dict[str, Any], words: li
         ({"watermark": True}, ["watermark", "not support", "false"]),
         ({"best_of": 2}, ["best_of", "not support", "1"]),
         ({"decoder_input_details": True}, ["decoder_input_details", "not support"]),
-        ({"grammar": {"type": "regex", "value": "a"}}, ["grammar", "not support"]),
         ({"adapter_id": "short"}, ["'middle'", "'short'"]),
     ],
 )
