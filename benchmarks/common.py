@@ -38,6 +38,14 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def data_file(name: str, part: str) -> Path:
+    """One file of the data; exits with a clear message where it is not there."""
+    path = DATA / name / f"{part}.jsonl"
+    if not path.is_file():
+        sys.exit(f"no data at {path}; set PREFIXSERVE_DATA to the folder that has {name}")
+    return path
+
+
 def load_model(dtype: torch.dtype | None = None) -> LoadedModel:
     """The default model as a server would load it."""
     device = default_device()
@@ -54,10 +62,8 @@ def prompts(loaded: LoadedModel, count: int) -> list[tuple[int, ...]]:
 
     Exits with a clear message where the data is not there.
     """
-    path = DATA / "e2e" / "dev.jsonl"
-    if not path.is_file():
-        sys.exit(f"no data at {path}; set PREFIXSERVE_DATA to the folder that has e2e/dev.jsonl")
-    rows = [json.loads(line)["source"] for line in path.read_text().splitlines()]
+    lines = data_file("e2e", "dev").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line)["source"] for line in lines]
     texts = [rows[i % len(rows)] + "\n" for i in range(count)]
     return [tuple(loaded.tokenizer(text)["input_ids"]) for text in texts]
 

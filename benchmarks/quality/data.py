@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.common import DATA
+from benchmarks.common import data_file
 from benchmarks.quality.plan import Run
 from clients.data import Row, read_rows
 
@@ -36,7 +34,7 @@ def split(run: Run) -> Split:
     """The rows of a run; exits with a clear message where the data is not there."""
     if run.data == "webnlg":
         return _webnlg()
-    train, dev = (read_rows(_file("e2e", part)) for part in ("train", "dev"))
+    train, dev = (read_rows(data_file("e2e", part)) for part in ("train", "dev"))
     if run.num_pairs is not None:
         train = _pairs(train, run.num_pairs, run.settings.seed)
     return Split(train, dev, {"dev": dev})
@@ -54,7 +52,7 @@ def _webnlg() -> Split:
 
 
 def _by_category(part: str) -> dict[str, tuple[Row, ...]]:
-    path = _file("webnlg", part)
+    path = data_file("webnlg", part)
     # Cut as `read_rows` cuts: a JSON string may hold what `splitlines` takes for the end of a line.
     lines = filter(str.strip, path.read_text(encoding="utf-8").split("\n"))
     held_out = [json.loads(line)["category"] in HELD_OUT for line in lines]
@@ -63,10 +61,3 @@ def _by_category(part: str) -> dict[str, tuple[Row, ...]]:
         name: tuple(row for row, out in zip(rows, held_out, strict=True) if out == wanted)
         for name, wanted in (("seen", False), ("unseen", True))
     }
-
-
-def _file(name: str, part: str) -> Path:
-    path = DATA / name / f"{part}.jsonl"
-    if not path.is_file():
-        sys.exit(f"no data at {path}; set PREFIXSERVE_DATA to the folder that has it")
-    return path

@@ -1,0 +1,1 @@
+"""A small BART trained from scratch, and two tasks that prefixes teach it."""
