@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from server.api import admin, generate, health, tenant_limits, usage, versions
+from server.api import admin, generate, health, lora_adapters, tenant_limits, usage, versions
 from server.api.auditing import Auditing
-from server.api.errors import install_error_handlers
+from server.api.error_responses import install_error_handlers
 from server.api.limits import BodyLimit
+from server.api.openai import routes as openai
 from server.services import VERSION, Services
 
 _DESCRIPTION = """
@@ -15,7 +16,7 @@ Many tasks from one frozen language model. A task is a *prefix*: trained keys an
 every request of that task. Upload one under `/admin/tasks`, then name it as `task_id` in
 `POST /generate`. Requests of all tasks share every batch.
 
-Every error is `{"error": ..., "error_type": ...}`.
+Every error is `{"error": ..., "error_type": ...}`, and under `/v1/` has OpenAI's shape.
 """
 
 
@@ -38,6 +39,7 @@ def create_app(services: Services) -> FastAPI:
     install_error_handlers(app)
     for router in (
         generate.router,
+        openai.router,
         admin.router,
         versions.router,
         tenant_limits.router,
@@ -45,4 +47,6 @@ def create_app(services: Services) -> FastAPI:
         health.router,
     ):
         app.include_router(router)
+    if settings.adapter_dir is not None:
+        app.include_router(lora_adapters.router)
     return app

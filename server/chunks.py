@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.detokenizer import Detokenizer
-from server.engine.protocol import FinishReason, TokenEvent, TokenLogprob
+from server.detokenizer import Detokenizer, token_texts
+from server.engine.protocol import FinishReason, PromptEvent, TokenEvent, TokenLogprob
 from server.tokenization import TextTokenizer
 
 
@@ -17,6 +17,17 @@ class Token:
     text: str
     logprob: float
     special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token of a prompt; `logprob` is None for the first, before which nothing is computed."""
+
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+    top: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,24 @@ class TextAssembler:
         finish = None if reason is None else Finish(self._detokenizer.text, reason, self._count)
         token = Token(chosen.token_id, added.text, chosen.logprob, added.special)
         return Chunk(self._count, token, tuple(map(self._alternative, event.top)), finish)
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        """What tokens say, special ones included."""
+        return "".join(token_texts(self._tokenizer, token_ids))
+
+    def prompt(self, event: PromptEvent) -> tuple[ScoredToken, ...]:
+        """The prompt's tokens as clients see them."""
+        texts = token_texts(self._tokenizer, [token.token_id for token in event.tokens])
+        return tuple(
+            ScoredToken(
+                token.token_id,
+                text,
+                token.logprob,
+                self._tokenizer.is_special(token.token_id),
+                tuple(map(self._alternative, token.top)),
+            )
+            for token, text in zip(event.tokens, texts, strict=True)
+        )
 
     def _alternative(self, token: TokenLogprob) -> Token:
         text = self._tokenizer.token_text(token.token_id)

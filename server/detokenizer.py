@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tokenizers.decoders import DecodeStream
@@ -25,6 +25,12 @@ class TokenText:
     text: str
     special: bool
     stopped: bool
+
+
+def token_texts(tokenizer: TextTokenizer, token_ids: Iterable[int]) -> list[str]:
+    """What each token adds to their text, special tokens their names."""
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer.backend, token_id) or "" for token_id in token_ids]
 
 
 class Detokenizer:

@@ -15,13 +15,14 @@ from prefix_store.task import TaskRecord
 from server import structured_output
 from server.accounting.account import Accounting, SequenceAccount
 from server.callers import Caller
-from server.chunks import Chunk, TextAssembler
+from server.chunks import Chunk, ScoredToken, TextAssembler
 from server.engine.protocol import (
     CompiledGrammar,
     Engine,
     EngineFailedError,
     GenerationRequest,
     Grammar,
+    PromptEvent,
     RequestTooLongError,
     SamplingParams,
     TokenStream,
@@ -38,6 +39,9 @@ DEFAULT_NEW_TOKENS = 100
 # Every double holds such a seed, so every JSON client can send back what it was told.
 _SEED_BITS = 53
 
+Prompt = str | tuple[int, ...]
+"""A text, which is put into the task's template; or token ids, which are taken as they are."""
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationJob:
@@ -46,20 +50,22 @@ class GenerationJob:
     Attributes:
         task_id: whose prefix to use; None for the bare base model.
         caller: who asks.
-        sampling: its `max_new_tokens` and `seed` are replaced by the two below.
+        sampling: its `max_new_tokens` and `seed` are replaced by those below.
         user: whoever it is for; gets the same version of a split task each time.
+        samples: sequences to generate of each input, with seeds that follow each other.
         max_new_tokens: None for up to `default_new_tokens`, fewer where fewer fit.
-        seed: None for a random one for each input.
+        seed: the first sequence's; None for a random one for each input.
         stop: strings that end the text.
         truncate: keep only so many tokens of a prompt, its last.
         grammar: what each text must be; None for any text.
     """
 
-    inputs: tuple[str, ...]
+    inputs: tuple[Prompt, ...]
     task_id: str | None
     caller: Caller
     sampling: SamplingParams
     user: str | None = None
+    samples: int = 1
     max_new_tokens: int | None = None
     default_new_tokens: int = DEFAULT_NEW_TOKENS
     seed: int | None = None
@@ -86,29 +92,56 @@ class Usage:
 
 
 class Generation:
-    """One sequence on its way. Iterate once."""
+    """One sequence on its way. Iterate once.
+
+    Attributes:
+        usage: what it is generated from.
+        prompt: where `prompt_logprobs` asks for them, the prompt's tokens; empty until the first
+            chunk, or the end of a sequence without any.
+    """
 
     def __init__(
         self,
         usage: Usage,
+        *,
+        prompt_text: str | None,
+        prompt_ids: tuple[int, ...],
         stream: TokenStream,
         text: TextAssembler,
         clock: SequenceClock,
         account: SequenceAccount,
     ) -> None:
         self.usage = usage
+        self.prompt: tuple[ScoredToken, ...] = ()
+        self._prompt_text = prompt_text
+        self._prompt_ids = prompt_ids
         self._stream = stream
         self._text = text
         self._clock = clock
         self._account = account
 
+    @property
+    def prompt_text(self) -> str:
+        """The text that was read: the input in its task's template, or what its tokens say."""
+        if self._prompt_text is None:
+            return self._text.decode(self._prompt_ids)
+        return self._prompt_text
+
     async def __aiter__(self) -> AsyncGenerator[Chunk]:
-        """Its tokens as they come.
+        """Its tokens as they come; none where `max_new_tokens` is 0.
 
         Raises:
             EngineFailedError: there will be no more.
         """
         async for event in self._stream:
+            if isinstance(event, PromptEvent):
+                self.prompt = self._text.prompt(event)
+                self._clock.queued(event.queue_seconds)
+                self._account.begun()
+                if event.finish_reason is not None:
+                    self._clock.finished()
+                    await self._account.finished()
+                continue
             self._clock.token(event)
             self._account.token()
             chunk = self._text.chunk(event)
@@ -188,35 +221,47 @@ class Generator:
                 f"num_beams is {job.sampling.num_beams}; expected at most {self._max_beams}, this "
                 "server's limit, which --max-beams and --max-slots set"
             )
+        if job.sampling.prompt_logprobs is not None and self._engine.spec.encoder is not None:
+            raise InvalidRequestError(
+                "the base model has an encoder, which reads the prompt and gives its tokens no "
+                "log-probabilities; ask for those of the generated tokens only"
+            )
         self._tell_log(job)
         account = await stack.enter_async_context(
-            self._accounting.call(job.caller, len(job.inputs))
+            self._accounting.call(job.caller, len(job.inputs) * job.samples)
         )
         record, split = await self._lease(job, stack)
         job = _bounded(job, account.max_new_tokens)
         grammar = await structured_output.compiled(self._engine, job.grammar, job.sampling)
+        prompts = [await self._prompt(job, at, record, grammar) for at in range(len(job.inputs))]
         requests = [
-            await self._request(job, position, record, grammar)
-            for position in range(len(job.inputs))
+            (text, request) for text, first in prompts for request in _samples(first, job.samples)
         ]
-        await account.reserve(
-            [len(request.prompt_ids) + request.sampling.max_new_tokens for request in requests]
-        )
+        await account.reserve([_most_tokens(request) for _, request in requests])
         label = self._metrics.tasks.known(job.task_id)
         generations = []
-        for position, request in enumerate(requests):
+        for position, (prompt_text, request) in enumerate(requests):
             stream = self._engine.submit(replace(request, weight=account.weight))
             stack.push_async_callback(stream.aclose)
             clock = SequenceClock(self._metrics, label, started, request)
             stack.callback(clock.ended)
             if record is not None and split:
                 clock.compare(self._metrics.splits.started(label, record.version))
-            text = TextAssembler(self._tokenizer, job.stop)
             usage = _usage(request, record)
-            sequence = account.sequence(
-                position, usage.task_id, usage.prompt_tokens, usage.prefix_tokens
+            # The samples of one prompt count it once, as clients are told.
+            counts = (usage.prompt_tokens, usage.prefix_tokens)
+            read = counts if position % job.samples == 0 else (0, 0)
+            generations.append(
+                Generation(
+                    usage,
+                    prompt_text=prompt_text,
+                    prompt_ids=request.prompt_ids,
+                    stream=stream,
+                    text=TextAssembler(self._tokenizer, job.stop),
+                    clock=clock,
+                    account=account.sequence(position, usage.task_id, *read),
+                )
             )
-            generations.append(Generation(usage, stream, text, clock, sequence))
         return generations
 
     def _tell_log(self, job: GenerationJob) -> None:
@@ -246,22 +291,32 @@ class Generator:
             "upload the prefix again"
         )
 
-    async def _request(
+    async def _prompt(
         self,
         job: GenerationJob,
         position: int,
         record: TaskRecord | None,
         grammar: CompiledGrammar | None,
-    ) -> GenerationRequest:
+    ) -> tuple[str | None, GenerationRequest]:
+        """An input's text, None where it came as tokens, and the first sequence of it."""
         where = f"inputs[{position}]: " if len(job.inputs) > 1 else ""
-        prompt_ids = await self._prompt_ids(job.inputs[position], record)
+        prompt = job.inputs[position]
+        if isinstance(prompt, str):
+            text = prompt
+            if record is not None and record.template:
+                text = record.template.replace(SOURCE, prompt)
+            # A text's prefix begins with the special tokens already.
+            special = record is None or record.method != "text"
+            prompt_ids = await self._tokenizer.encode(text, add_special_tokens=special)
+        else:
+            text, prompt_ids = None, self._tokenizer.checked(prompt, where)
         if job.truncate is not None:
             prompt_ids = prompt_ids[-job.truncate :]
         if not prompt_ids:
             raise InvalidRequestError(f"{where}the input has no tokens; expected at least one")
         new_tokens = self._new_tokens(job, record, len(prompt_ids), where)
         seed = secrets.randbits(_SEED_BITS) if job.seed is None else job.seed
-        return GenerationRequest(
+        request = GenerationRequest(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
             sampling=replace(job.sampling, max_new_tokens=new_tokens, seed=seed),
@@ -269,13 +324,7 @@ class Generator:
             tenant=job.caller.tenant,
             grammar=grammar,
         )
-
-    async def _prompt_ids(self, inputs: str, record: TaskRecord | None) -> tuple[int, ...]:
-        if record is None:
-            return await self._tokenizer.encode(inputs)
-        text = record.template.replace(SOURCE, inputs) if record.template else inputs
-        # A text's prefix begins with the special tokens already.
-        return await self._tokenizer.encode(text, add_special_tokens=record.method != "text")
+        return text, request
 
     def _new_tokens(
         self, job: GenerationJob, record: TaskRecord | None, prompt_tokens: int, where: str
@@ -285,7 +334,9 @@ class Generator:
             left = self._engine.room(prompt_tokens, prefix_tokens)
         except RequestTooLongError as error:
             raise RequestTooLongError(f"{where}{error}") from None
-        wanted = job.max_new_tokens or max(1, min(job.default_new_tokens, left))
+        wanted = job.max_new_tokens
+        if wanted is None:
+            wanted = max(1, min(job.default_new_tokens, left))
         if wanted > left:
             limit = self._engine.max_length
             prompt = limit - left - prefix_tokens  # one token where an encoder reads the input
@@ -314,6 +365,23 @@ def _bounded(job: GenerationJob, most: int | None) -> GenerationJob:
             f"max_new_tokens is {job.max_new_tokens}; expected at most {most}, this caller's limit"
         )
     return job
+
+
+def _samples(first: GenerationRequest, count: int) -> list[GenerationRequest]:
+    """The same request so many times, each with the next seed."""
+    others = [
+        replace(
+            first,
+            request_id=uuid.uuid4().hex,
+            sampling=replace(first.sampling, seed=first.sampling.seed + number),
+        )
+        for number in range(1, count)
+    ]
+    return [first, *others]
+
+
+def _most_tokens(request: GenerationRequest) -> int:
+    return len(request.prompt_ids) + request.sampling.max_new_tokens
 
 
 def _usage(request: GenerationRequest, record: TaskRecord | None) -> Usage:

@@ -37,12 +37,16 @@ class SequenceClock:
         """Count it for its version of a split task, too."""
         self._compared = sequence
 
+    def queued(self, seconds: float) -> None:
+        """It has waited so long for a slot."""
+        self._queue_seconds.observe(seconds)
+        self._tell_start(seconds)
+
     def token(self, event: TokenEvent) -> None:
         """It has another token."""
         now = time.perf_counter()
         if event.queue_seconds is not None:
-            self._queue_seconds.observe(event.queue_seconds)
-            self._tell_start(event.queue_seconds)
+            self.queued(event.queue_seconds)
         if self._last is None:
             self._metrics.ttft_seconds.observe(now - self._started)
         elif self._one_by_one:

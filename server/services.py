@@ -41,6 +41,7 @@ class Services:
     engine: Engine
     tasks: TaskService
     generator: Generator
+    tokenizer: TextTokenizer
     metrics: Metrics
     accounting: Accounting
     audit: AuditLog
@@ -126,6 +127,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
                 max_beams=min(settings.max_beams, settings.max_slots),
                 log_prompts=settings.log_prompts,
             ),
+            tokenizer=tokenizer,
             metrics=metrics,
             accounting=accounting,
             audit=audit,

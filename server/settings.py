@@ -111,6 +111,9 @@ class Settings(BaseSettings):
     keep_versions: int = Field(default=5, ge=1, le=1000)
     """Versions kept of each task to roll back to, the active one included."""
 
+    adapter_dir: Path | None = None
+    """Folder whose adapters POST /v1/load_lora_adapter may make tasks of; none turns it off."""
+
     max_upload_bytes: ByteSize = Field(default="256MiB", validate_default=True, ge=1024)
     """Largest prefix upload."""
 

@@ -15,7 +15,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.api.conversion import event_of, job_of, response_of
+from server.api.conversion import event_of, job_of, response_of, texts_of
+from server.api.error_responses import AnswerTo, answers_of
 from server.api.errors import CLIENT_GONE, answer_to
 from server.api.schemas import GenerateRequest, GenerateResponse
 from server.callers import Caller
@@ -34,13 +35,19 @@ async def answer(
 ) -> list[GenerateResponse]:
     """Generate for every input; all or nothing."""
     wants_details = bool(request.parameters and request.parameters.details)
-    with _counted(services.metrics, request):
+    with counted(services.metrics, _task_id(request)):
         job = job_of(request, caller, stream=False)
         async with services.generator.run(job) as generations:
-            chunks = await _all([_collect(generation) for generation in generations])
+            chunks = await collect(generations)
+    sequences = list(zip(chunks, generations, strict=True))
+    groups = [sequences[i : i + job.samples] for i in range(0, len(sequences), job.samples)]
     return [
-        response_of(own, generation.usage, _prompt(request, text), wants_details)
-        for own, generation, text in zip(chunks, generations, job.inputs, strict=True)
+        response_of(
+            sorted(group, key=lambda one: mean_logprob(one[0]), reverse=True),
+            _prompt(request, text),
+            wants_details,
+        )
+        for group, text in zip(groups, texts_of(request), strict=True)
     ]
 
 
@@ -80,7 +87,8 @@ class CountedRoute(APIRoute):
                 return await handler(request)
             except (RequestValidationError, HTTPException) as error:
                 metrics: Metrics = request.app.state.services.metrics
-                metrics.requests.labels(OTHER_LABEL, str(answer_to(error).status)).inc()
+                status = answers_of(request.url.path)(error).status
+                metrics.requests.labels(OTHER_LABEL, str(status)).inc()
                 raise
 
         return counted
@@ -91,10 +99,10 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], answer_to: AnswerTo = answer_to) -> None:
         self._events = events
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_until_error(events), headers=headers)
+        super().__init__(_until_error(events, answer_to), headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the client goes."""
@@ -106,33 +114,67 @@ async def _events(
     services: Services, caller: Caller, request: GenerateRequest
 ) -> AsyncGenerator[bytes]:
     """An empty item once the job runs, then each token's event."""
-    with _counted(services.metrics, request):
+    with counted(services.metrics, _task_id(request)):
         job = job_of(request, caller, stream=True)
         async with services.generator.run(job) as [generation]:
             yield b""
-            prompt = _prompt(request, job.inputs[0])
+            prompt = _prompt(request, texts_of(request)[0])
             async for chunk in generation:
                 event = event_of(chunk, generation.usage, prompt)
-                yield _event(event.model_dump_json(exclude_unset=True))
+                yield event_bytes(event.model_dump_json(exclude_unset=True))
 
 
-async def _until_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+async def _until_error(events: AsyncGenerator[bytes], answer_to: AnswerTo) -> AsyncGenerator[bytes]:
     """The events, and the error that ends them early as the last one."""
     try:
         async for event in events:
             yield event
     except Exception as error:
         logger.warning("a stream ended with an error", exc_info=error)
-        yield _event(answer_to(error).body())
+        yield event_bytes(answer_to(error).body())
 
 
-def _event(data: str) -> bytes:
+def event_bytes(data: str) -> bytes:
+    """One server-sent event."""
     return f"data:{data}\n\n".encode()
+
+
+def mean_logprob(chunks: Sequence[Chunk]) -> float:
+    """What `best_of` goes by."""
+    return sum(chunk.token.logprob for chunk in chunks) / max(1, len(chunks))
 
 
 def _prompt(request: GenerateRequest, text: str) -> str:
     """What goes in front of the generated text."""
     return text if request.parameters and request.parameters.return_full_text else ""
+
+
+async def collect(generations: Sequence[Generation]) -> list[list[Chunk]]:
+    """Every sequence's chunks; on an error the rest is stopped before it is raised."""
+    return await _all([_collect(generation) for generation in generations])
+
+
+async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Chunk]]:
+    """The chunks of all sequences as they come, each with its sequence's number."""
+    queue: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
+
+    async def feed(number: int, generation: Generation) -> None:
+        async for chunk in generation:
+            queue.put_nowait((number, chunk))
+
+    async def feed_all() -> None:
+        try:
+            await _all([feed(number, one) for number, one in enumerate(generations)])
+        finally:
+            queue.put_nowait(None)
+
+    feeding = asyncio.create_task(feed_all())
+    try:
+        while (item := await queue.get()) is not None:
+            yield item
+        await feeding
+    finally:
+        await _end([feeding])
 
 
 async def _collect(generation: Generation) -> list[Chunk]:
@@ -159,10 +201,15 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+def _task_id(request: GenerateRequest) -> str | None:
+    return request.task_id or (request.parameters and request.parameters.adapter_id) or None
+
+
 @contextmanager
-def _counted(metrics: Metrics, request: GenerateRequest) -> Iterator[None]:
+def counted(
+    metrics: Metrics, task_id: str | None, answer_to: AnswerTo = answer_to
+) -> Iterator[None]:
     """Count one request by how it ends."""
-    task_id = request.task_id or (request.parameters and request.parameters.adapter_id) or None
     status = 200
     try:
         yield

@@ -9,9 +9,12 @@ from typing import Any
 from server.api.grammars import grammar_of
 from server.api.parameters import Parameters
 from server.api.schemas import (
+    MAX_INPUTS,
     Details,
     GenerateRequest,
     GenerateResponse,
+    PrefillToken,
+    SequenceDetails,
     StreamDetails,
     StreamEvent,
     Token,
@@ -21,7 +24,7 @@ from server.chunks import Chunk, Finish
 from server.chunks import Token as GeneratedToken
 from server.engine.protocol import SamplingParams
 from server.errors import InvalidRequestError
-from server.generation import GenerationJob, Usage
+from server.generation import Generation, GenerationJob, Usage
 
 # Below this the likeliest token is certain but for rounding, and 1 / temperature overflows.
 _GREEDY_BELOW = 1e-3
@@ -47,18 +50,35 @@ def job_of(request: GenerateRequest, caller: Caller, *, stream: bool) -> Generat
             beams, or a grammar that cannot be read.
     """
     parameters = request.parameters or Parameters()
-    inputs = (request.inputs,) if isinstance(request.inputs, str) else tuple(request.inputs)
+    inputs = texts_of(request)
     if stream and not isinstance(request.inputs, str):
         raise InvalidRequestError(
             f"inputs is a list of {len(inputs)}; a stream takes one text. Send one request for "
             "each, or leave stream out"
         )
+    sampling = _sampling(parameters)
+    samples = parameters.best_of or 1
+    if stream and (samples > 1 or parameters.decoder_input_details):
+        raise InvalidRequestError(
+            "best_of and decoder_input_details are not for streams; leave them out, or stream"
+        )
+    if samples > 1 and not sampling.do_sample:
+        raise InvalidRequestError(
+            f"best_of is {samples}, and greedy decoding would give the same text each time; set "
+            "do_sample or temperature, or leave best_of out"
+        )
+    if samples * len(inputs) > MAX_INPUTS:
+        raise InvalidRequestError(
+            f"best_of is {samples}, of {len(inputs)} inputs; expected at most {MAX_INPUTS} texts "
+            "in one request"
+        )
     return GenerationJob(
         inputs=inputs,
         task_id=_task_id(request.task_id, parameters.adapter_id),
         caller=caller,
-        sampling=_sampling(parameters),
+        sampling=sampling,
         user=request.user,
+        samples=samples,
         max_new_tokens=parameters.max_new_tokens,
         seed=parameters.seed,
         stop=tuple(parameters.stop or ()),
@@ -95,17 +115,23 @@ def _sampling(parameters: Parameters) -> SamplingParams:
         max_new_tokens=1,
         do_sample=samples,
         top_logprobs=parameters.top_n_tokens or 0,
+        prompt_logprobs=0 if parameters.details and parameters.decoder_input_details else None,
         ignore_eos=bool(parameters.ignore_eos),
         **given,
     )
 
 
+def texts_of(request: GenerateRequest) -> tuple[str, ...]:
+    """The inputs, one or several."""
+    return (request.inputs,) if isinstance(request.inputs, str) else tuple(request.inputs)
+
+
 def response_of(
-    chunks: Sequence[Chunk], usage: Usage, prompt: str, details: bool
+    sequences: Sequence[tuple[Sequence[Chunk], Generation]], prompt: str, details: bool
 ) -> GenerateResponse:
-    """A whole sequence's answer; `prompt` goes in front of the text."""
-    finish = chunks[-1].finish
-    assert finish is not None  # noqa: S101 - the last chunk of a sequence has it
+    """An input's answer: what was generated of it, the best first; `prompt` goes in front."""
+    (chunks, generation), *others = sequences
+    finish, usage = _finish(chunks), generation.usage
     response = GenerateResponse(
         generated_text=prompt + finish.generated_text,
         task_id=usage.task_id,
@@ -115,7 +141,11 @@ def response_of(
     )
     if not details:
         return response
-    return response.model_copy(update={"details": _details(chunks, finish, usage)})
+    found = _details(chunks, finish, generation)
+    if others:
+        best_of = [_sequence_details(*other, prompt) for other in others]
+        found = found.model_copy(update={"best_of_sequences": best_of})
+    return response.model_copy(update={"details": found})
 
 
 def event_of(chunk: Chunk, usage: Usage, prompt: str) -> StreamEvent:
@@ -131,15 +161,35 @@ def event_of(chunk: Chunk, usage: Usage, prompt: str) -> StreamEvent:
     )
 
 
-def _details(chunks: Sequence[Chunk], finish: Finish, usage: Usage) -> Details:
-    top = [[_token(token) for token in chunk.top] for chunk in chunks]
-    fields: dict[str, Any] = {"top_tokens": top} if any(top) else {}
-    return Details(
+def _finish(chunks: Sequence[Chunk]) -> Finish:
+    finish = chunks[-1].finish
+    assert finish is not None  # noqa: S101 - the last chunk of a sequence has it
+    return finish
+
+
+def _details(chunks: Sequence[Chunk], finish: Finish, generation: Generation) -> Details:
+    prefill = [PrefillToken(id=t.id, text=t.text, logprob=t.logprob) for t in generation.prompt]
+    return Details(prefill=prefill, **_tokens(chunks), **_summary(finish, generation.usage))
+
+
+def _sequence_details(
+    chunks: Sequence[Chunk], generation: Generation, prompt: str
+) -> SequenceDetails:
+    finish = _finish(chunks)
+    return SequenceDetails(
+        generated_text=prompt + finish.generated_text,
+        finish_reason=finish.reason.value,
+        generated_tokens=finish.generated_tokens,
+        seed=generation.usage.seed,
         prefill=[],
-        tokens=[_token(chunk.token) for chunk in chunks],
-        **fields,
-        **_summary(finish, usage),
+        **_tokens(chunks),
     )
+
+
+def _tokens(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    top = [[_token(token) for token in chunk.top] for chunk in chunks]
+    fields: dict[str, Any] = {"tokens": [_token(chunk.token) for chunk in chunks]}
+    return fields | ({"top_tokens": top} if any(top) else {})
 
 
 def _summary(finish: Finish, usage: Usage) -> dict[str, Any]:

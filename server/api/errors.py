@@ -1,4 +1,4 @@
-"""From an exception to a status and one shape of body, for every route."""
+"""From an exception to a status and a message, for every route."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
 
 from prefix_store.errors import (
     CacheFullError,
@@ -54,11 +52,15 @@ class ErrorAnswer:
     message: str
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def json_message(self) -> str:
+        """The message without half surrogate pairs, which a client may have sent and JSON in UTF-8
+        cannot hold."""
+        return self.message.encode(errors="backslashreplace").decode()
+
     def body(self) -> str:
         """The JSON that every error has."""
-        # What a client sent may hold half a surrogate pair, which JSON in UTF-8 cannot.
-        message = self.message.encode(errors="backslashreplace").decode()
-        return ErrorResponse(error=message, error_type=self.error_type).model_dump_json()
+        return ErrorResponse(error=self.json_message, error_type=self.error_type).model_dump_json()
 
 
 # The first line that fits counts. Every text of these errors is written for the end user.
@@ -89,6 +91,12 @@ _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
 )
 
 
+def handled_kinds() -> tuple[type[Exception], ...]:
+    """Every kind of error that is answered as `answer_to` says, whatever else it is."""
+    known = (kind for kind, *_ in _KINDS)
+    return (*known, RequestValidationError, StarletteHTTPException, Exception)
+
+
 def answer_to(error: BaseException) -> ErrorAnswer:
     """How to answer any error; what is not in the table tells nothing of its inside."""
     for kind, status, error_type, headers in _KINDS:
@@ -103,31 +111,10 @@ def answer_to(error: BaseException) -> ErrorAnswer:
     )
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Answer every error of every route, and of unknown routes, in the one shape."""
-    known = (kind for kind, *_ in _KINDS)
-    for kind in (*known, RequestValidationError, StarletteHTTPException, Exception):
-        app.add_exception_handler(kind, _handle)
-
-
-def response_to(error: Exception) -> Response:
-    """The answer to any error."""
-    answer = answer_to(error)
-    return Response(
-        answer.body(), answer.status, dict(answer.headers), media_type="application/json"
-    )
-
-
 def _retry(error: BaseException) -> Mapping[str, str]:
     if isinstance(error, LimitExceededError):
         return {"Retry-After": str(math.ceil(error.retry_after))}
     return {}
-
-
-async def _handle(request: Request, error: Exception) -> Response:
-    if isinstance(error, StarletteHTTPException) and error.status_code == HTTPStatus.NOT_FOUND:
-        error = HTTPException(404, f"no such page: {request.method} {request.url.path}; see /docs")
-    return response_to(error)
 
 
 def _http_answer(error: StarletteHTTPException) -> ErrorAnswer:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from server.api import answering
 from server.api.dependencies import GenerateCaller, ServicesDep
-from server.api.parameters import MAX_STOP_STRINGS
+from server.api.parameters import MAX_BEST_OF, MAX_STOP_STRINGS
 from server.api.schemas import (
     E2E_EXAMPLE,
     MAX_INPUTS,
@@ -18,8 +18,10 @@ from server.api.schemas import (
     GenerateRequest,
     GenerateResponse,
     InfoResponse,
+    InputToken,
     StreamEvent,
 )
+from server.errors import InvalidRequestError
 from server.services import VERSION
 
 router = APIRouter(tags=["Generate"], route_class=answering.CountedRoute)
@@ -91,6 +93,20 @@ async def generate_compatible(
     return _json(_ANSWERS.dump_json(answers, exclude_unset=True))
 
 
+@router.post("/tokenize", responses=_ERRORS)
+async def tokenize(
+    body: GenerateBody, services: ServicesDep, caller: GenerateCaller
+) -> list[InputToken]:
+    """A text's tokens, as the bare base model reads it; nothing is generated.
+
+    Of the body only `inputs` counts, one text.
+    """
+    if not isinstance(body.inputs, str):
+        raise InvalidRequestError(f"inputs is a list of {len(body.inputs)}; expected one text")
+    tokens = await services.tokenizer.tokens(body.inputs)
+    return [InputToken(id=i, text=body.inputs[a:b], start=a, stop=b) for i, a, b in tokens]
+
+
 @router.get("/info")
 async def info(services: ServicesDep) -> InfoResponse:
     """What this server runs and how much it takes."""
@@ -107,7 +123,7 @@ async def info(services: ServicesDep) -> InfoResponse:
         max_concurrent_requests=settings.max_slots + settings.max_waiting,
         max_client_batch_size=MAX_INPUTS,
         max_stop_sequences=MAX_STOP_STRINGS,
-        max_best_of=1,
+        max_best_of=MAX_BEST_OF,
         version=VERSION,
     )
 

@@ -6,7 +6,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import response_to
+from server.api.error_responses import response_to
 
 # Boundaries and headers of the parts of a multipart upload, and a PEFT adapter's configuration.
 _MULTIPART_OVERHEAD = 64 * 1024
@@ -42,7 +42,7 @@ class BodyLimit:
         refusal = self._refusal(scope["path"], headers)
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > refusal.limit:
-            await response_to(refusal)(scope, receive, send)
+            await response_to(refusal, scope["path"])(scope, receive, send)
             return
         await self._app(scope, _counted(receive, refusal), send)
 

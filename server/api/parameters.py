@@ -12,6 +12,7 @@ from server.api.grammars import GrammarParameter
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_TOP_TOKENS = 20
+MAX_BEST_OF = 20
 
 
 class RequestModel(BaseModel):
@@ -20,7 +21,7 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def _only(default: object) -> AfterValidator:
+def only(default: object) -> AfterValidator:
     """Accept a parameter of TGI's that is not supported here, at the value that turns it off."""
 
     def check(value: object) -> object:
@@ -196,14 +197,22 @@ class Parameters(RequestModel):
         description="Another name for `task_id`, for TGI's clients.",
         examples=["e2e"],
     )
-    best_of: Annotated[int | None, _only(1)] = Field(
-        default=None, description="Not supported: 1 or null only.", examples=[1]
+    best_of: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_BEST_OF,
+        description="Generate so many and answer with the one of the highest mean log-probability; "
+        "the others are in `details`. For sampling only, and not for streams.",
+        examples=[1],
     )
-    watermark: Annotated[bool | None, _only(False)] = Field(
+    watermark: Annotated[bool | None, only(False)] = Field(
         default=None, description="Not supported: false or null only.", examples=[False]
     )
-    decoder_input_details: Annotated[bool | None, _only(False)] = Field(
-        default=None, description="Not supported: false or null only.", examples=[False]
+    decoder_input_details: bool | None = Field(
+        default=None,
+        description="With `details`: tell the prompt's tokens and their log-probabilities, too. "
+        "Not for streams, and not for models with an encoder.",
+        examples=[False],
     )
     grammar: GrammarParameter | None = Field(
         default=None,

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler
 from pydantic.functional_validators import WrapValidator
 from pydantic_core import PydanticCustomError
 
-from server.api.parameters import MAX_STOP_STRINGS, Parameters, RequestModel
+from server.api.parameters import MAX_BEST_OF, MAX_STOP_STRINGS, Parameters, RequestModel
 
 MAX_INPUTS = 128
 MAX_USER_CHARS = 256
@@ -91,6 +91,18 @@ class Token(AnswerModel):
     )
 
 
+class PrefillToken(AnswerModel):
+    """A token of the prompt."""
+
+    id: int = Field(description="Its number in the tokenizer.", examples=[504])
+    text: str = Field(description="The text it adds.", examples=["The"])
+    logprob: float | None = Field(
+        description="Natural logarithm of its probability after the prefix and the prompt before "
+        "it; null for the first token.",
+        examples=[-3.2],
+    )
+
+
 class StreamDetails(AnswerModel):
     """How a generation went."""
 
@@ -115,10 +127,26 @@ class StreamDetails(AnswerModel):
     prompt_tokens: int = Field(description="Tokens of the prompt.", examples=[23])
 
 
+class SequenceDetails(AnswerModel):
+    """One that `best_of` generated and did not choose."""
+
+    generated_text: str = Field(description="Its text.", examples=["The Eagle is one."])
+    finish_reason: Literal["length", "eos_token", "stop_sequence"] = Field(
+        description="As in `details`.", examples=["length"]
+    )
+    generated_tokens: int = Field(description="Number of tokens generated.", examples=[24])
+    seed: int | None = Field(description="What it was seeded with.", examples=[43])
+    prefill: list[PrefillToken] = Field(description="Always empty: the prompt is the same.")
+    tokens: list[Token] = Field(description="Every generated token.")
+    top_tokens: list[list[Token]] = Field(default_factory=list, description="As in `details`.")
+
+
 class Details(StreamDetails):
     """How a generation went, token by token."""
 
-    prefill: list[Token] = Field(description="Always empty; for TGI's clients.", examples=[[]])
+    prefill: list[PrefillToken] = Field(
+        description="With `decoder_input_details`, the prompt's tokens; else empty.", examples=[[]]
+    )
     tokens: list[Token] = Field(
         description="Every generated token.",
         examples=[[{"id": 504, "text": "The", "logprob": -0.18, "special": False}]],
@@ -128,6 +156,9 @@ class Details(StreamDetails):
         description="With `top_n_tokens`: for each position the most likely tokens, likeliest "
         "first.",
         examples=[[[{"id": 504, "text": "The", "logprob": -0.18, "special": False}]]],
+    )
+    best_of_sequences: list[SequenceDetails] = Field(
+        default_factory=list, description="With `best_of`: the others, the best first."
     )
 
 
@@ -239,6 +270,15 @@ class Activation(RequestModel):
     version: Text = Field(description="One that the task keeps.", examples=[VERSION_EXAMPLE])
 
 
+class InputToken(AnswerModel):
+    """A token of a text."""
+
+    id: int = Field(description="Its number in the tokenizer.", examples=[504])
+    text: str = Field(description="The part of the text that it stands for.", examples=["The"])
+    start: int = Field(description="Where that begins, in characters.", examples=[0])
+    stop: int = Field(description="Where that ends.", examples=[3])
+
+
 class InfoResponse(AnswerModel):
     """What this server runs."""
 
@@ -260,7 +300,7 @@ class InfoResponse(AnswerModel):
     )
     max_client_batch_size: int = Field(description="Longest list of inputs.", examples=[MAX_INPUTS])
     max_stop_sequences: int = Field(description="Most stop strings.", examples=[MAX_STOP_STRINGS])
-    max_best_of: int = Field(description="Always 1.", examples=[1])
+    max_best_of: int = Field(description="Largest `best_of`.", examples=[MAX_BEST_OF])
     version: str = Field(description="Version of the server.", examples=["0.1.0"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 
@@ -12,12 +13,16 @@ import torch
 from server.engine.beam_search import BeamSearch
 from server.engine.grammar import Matcher
 from server.engine.processors import forced
+from server.engine.prompt_scores import score_prompt
 from server.engine.protocol import (
     EngineConfig,
     EngineFailedError,
     EngineStats,
     FinishReason,
+    PromptEvent,
+    PromptToken,
     StepStats,
+    StreamEvent,
     TokenEvent,
 )
 from server.engine.runner import Runner
@@ -32,7 +37,7 @@ logger = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 0.002
 _NOT_FINITE = "the model's output holds NaN or infinity with this task's prefix"
 
-Event = tuple[str, TokenEvent | EngineFailedError]
+Event = tuple[str, StreamEvent | EngineFailedError]
 """A request's id and what happened to it; an error is its last event."""
 
 
@@ -114,10 +119,17 @@ class EngineCore:
         for span in spans:
             span.sequence.length = span.end
         events, waiting = self._follow_grammars(spans)
+        if any(span.is_scored for span in spans):
+            counts = [span.num_logits for span in spans]
+            chunks = zip(spans, logits.split_with_sizes(counts), strict=True)
+            events += self._score((s, rows) for s, rows in chunks if s.sequence not in waiting)
+            logits = logits[torch.tensor(counts).cumsum(0) - 1]
         ending = [
             i
             for i, span in enumerate(spans)
-            if span.completes_prompt and span.sequence not in waiting
+            if span.completes_prompt
+            and span.sequence.slot != NO_SLOT
+            and span.sequence not in waiting
         ]
         alone = [i for i in ending if not spans[i].sequence.is_beam]
         beams = {id(spans[i].sequence): i for i in ending if spans[i].sequence.is_beam}
@@ -158,6 +170,35 @@ class EngineCore:
                 events.append((sequence.request.request_id, matcher.failure))
         return events, waiting
 
+    def _score(self, chunks: Iterable[tuple[Span, torch.Tensor]]) -> list[Event]:
+        """Keep the scores of prompts that ask for them; the events of those that are complete.
+
+        Args:
+            chunks: spans, and the logits `[num_logits, vocab]` of each.
+        """
+        events: list[Event] = []
+        for span, logits in chunks:
+            sequence = span.sequence
+            if not span.is_scored:
+                continue
+            scores = score_prompt(logits, span)
+            if scores is None:
+                self._runner.clear(sequence.slot)
+                events.append(self._fail(sequence, _NOT_FINITE))
+                continue
+            sequence.prompt_scores += scores
+            if span.completes_prompt:
+                events.append(self._prompt_event(sequence))
+        return events
+
+    def _prompt_event(self, sequence: Sequence) -> Event:
+        request = sequence.request
+        tokens = (PromptToken(sequence.prompt_ids[0], None), *sequence.prompt_scores)
+        reason = None if request.sampling.max_new_tokens else FinishReason.LENGTH
+        if reason is not None:
+            self._remove(sequence)
+        return request.request_id, PromptEvent(tokens, reason, sequence.queue_seconds)
+
     def _search(self, request_id: str, logits: torch.Tensor) -> list[Event]:
         """A request's next tokens; the best hypothesis' events once the search has ended."""
         leader, search = self._sequences[request_id], self._searches[request_id]
@@ -174,7 +215,7 @@ class EngineCore:
         events = [TokenEvent(one.chosen, one.top) for one in earlier]
         reason = self._finish_reason(leader, last.chosen.token_id, len(search.best))
         events.append(TokenEvent(last.chosen, last.top, reason))
-        events[0] = replace(events[0], queue_seconds=leader.queue_seconds)
+        events[0] = replace(events[0], queue_seconds=_queued(leader))
         self._remove(leader)
         return [(request_id, event) for event in events]
 
@@ -188,9 +229,7 @@ class EngineCore:
         sequence.output_ids.append(token_id)
         first = len(sequence.output_ids) == 1
         reason = self._finish_reason(sequence, token_id, len(sequence.output_ids))
-        event = TokenEvent(
-            chosen.chosen, chosen.top, reason, sequence.queue_seconds if first else None
-        )
+        event = TokenEvent(chosen.chosen, chosen.top, reason, _queued(sequence) if first else None)
         if reason is not None:
             self._remove(sequence)
         return sequence.request.request_id, event
@@ -229,6 +268,12 @@ class EngineCore:
         for move in self._scheduler.remove(sequence):
             self._runner.move(move)
         assert sequence.slot == NO_SLOT  # noqa: S101 - a slot has one owner
+
+
+def _queued(sequence: Sequence) -> float | None:
+    """What its first token tells of its wait, unless its prompt told it."""
+    told = sequence.request.sampling.prompt_logprobs is not None
+    return None if told else sequence.queue_seconds
 
 
 def _step_stats(spans: Rows[Span], preempted: int, seconds: float, stats: EngineStats) -> StepStats:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -17,12 +16,13 @@ from prefix_store.prefix import Prefix
 from prefix_store.prefix_attention import AttentionPrefixes, RowPrefixes
 from server.engine.beam_search import Reordering
 from server.engine.decoder_positions import DecoderPositions
+from server.engine.grouping import like_lengths
 from server.engine.kv_cache import CrossCache, SlotCache, Window
 from server.engine.runner import additive_mask, single_tokens
 from server.engine.scheduler import SlotMove, Span
 from server.engine.sequence import Sequence
 
-_BUCKET_TOKENS = 4096
+_GROUP_TOKENS = 4096
 """Most source tokens, padding included, in one pass of the encoder."""
 
 
@@ -89,9 +89,9 @@ class EncoderDecoderRunner:
         first = [i for i, span in enumerate(spans) if span.source_ids]
         later = [i for i, span in enumerate(spans) if not span.source_ids]
         order, parts = [], []
-        for bucket in _buckets(first, spans):
-            order.extend(bucket)
-            parts.append(self._first([spans[i] for i in bucket]))
+        for group in like_lengths(first, lambda i: len(spans[i].source_ids), _GROUP_TOKENS):
+            order.extend(group)
+            parts.append(self._first([spans[i] for i in group]))
         if later:
             order.extend(later)
             parts.append(self._later([spans[i] for i in later]))
@@ -216,17 +216,3 @@ class EncoderDecoderRunner:
 
     def _column(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self._device)[:, None]
-
-
-def _buckets(indices: Rows[int], spans: Rows[Span]) -> Iterator[list[int]]:
-    """Spans of like source length together, so that little of a batch is padding."""
-    bucket: list[int] = []
-    for index in sorted(indices, key=lambda i: len(spans[i].source_ids)):
-        length = len(spans[index].source_ids)
-        shortest = len(spans[bucket[0]].source_ids) if bucket else length
-        if bucket and (length * (len(bucket) + 1) > _BUCKET_TOKENS or length > 2 * shortest + 8):
-            yield bucket
-            bucket = []
-        bucket.append(index)
-    if bucket:
-        yield bucket

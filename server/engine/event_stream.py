@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Self
 
-from server.engine.protocol import EngineFailedError, TokenEvent
+from server.engine.protocol import EngineFailedError, StreamEvent
 
 
 class EventStream:
@@ -18,17 +18,17 @@ class EventStream:
             cancel: has the engine drop the request.
         """
         self._cancel = cancel
-        self._events: asyncio.Queue[TokenEvent | EngineFailedError] = asyncio.Queue()
+        self._events: asyncio.Queue[StreamEvent | EngineFailedError] = asyncio.Queue()
         self._ended = False
 
-    def push(self, event: TokenEvent | EngineFailedError) -> None:
+    def push(self, event: StreamEvent | EngineFailedError) -> None:
         """Add what the engine sent."""
         self._events.put_nowait(event)
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> TokenEvent:
+    async def __anext__(self) -> StreamEvent:
         if self._ended:
             raise StopAsyncIteration
         event = await self._events.get()

@@ -228,8 +228,11 @@ class NativeEngine:
     def _check_length(self, request: GenerationRequest, prefix: Prefix | None) -> None:
         prefix_length = 0 if prefix is None else prefix.prefix_length
         prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
-        if prompt < 1 or new < 1:
+        scores = request.sampling.prompt_logprobs is not None
+        if prompt < 1 or new < (0 if scores else 1):
             raise ValueError(f"a request needs a prompt and a token to generate, not {request}")
+        if scores and self.spec.encoder is not None:
+            raise ValueError("an encoder reads the prompt, which has no log-probabilities then")
         if not 1 <= request.sampling.num_beams <= self._config.max_slots:
             raise ValueError(f"{request.sampling.num_beams} beams, {self._config.max_slots} slots")
         if not 0 < request.weight < math.inf:

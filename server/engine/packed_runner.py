@@ -76,9 +76,13 @@ class PackedRunner:
         order = sorted(range(len(spans)), key=lambda i: id(spans[i].sequence.prefix))
         rows = _Rows.of([spans[i] for i in order])
         hidden = self._layers(rows)
-        inverse = torch.tensor(order).argsort()
-        last = (rows.ends - 1)[inverse]
-        return project(self._kernels.project, self._model.head, hidden[last], self._threads)
+        ends = rows.ends[torch.tensor(order).argsort()].tolist()
+        wanted = [
+            row
+            for span, end in zip(spans, ends, strict=True)
+            for row in range(end - span.num_logits, end)
+        ]
+        return project(self._kernels.project, self._model.head, hidden[wanted], self._threads)
 
     def _layers(self, rows: _Rows) -> torch.Tensor:
         """The final norm's output, `[rows, hidden_size]`."""

@@ -18,6 +18,7 @@ def changes_scores(sequence: Sequence, special: SpecialTokens) -> bool:
     return (
         params.repetition_penalty != 1.0
         or params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
         or params.no_repeat_ngram_size > 0
         or generated < params.min_new_tokens
         or forced(sequence, special) is not None
@@ -35,6 +36,8 @@ def process(scores: torch.Tensor, sequence: Sequence, special: SpecialTokens) ->
     if params.frequency_penalty != 0.0:
         output = torch.tensor(sequence.output_ids, device=scores.device, dtype=torch.int64)
         scores.scatter_add_(0, output, scores.new_full(output.shape, -params.frequency_penalty))
+    if params.presence_penalty != 0.0:
+        scores[list(set(sequence.output_ids))] -= params.presence_penalty
     if banned := _repeats(text, params.no_repeat_ngram_size):
         scores[banned] = -torch.inf
     if len(sequence.output_ids) < params.min_new_tokens:

@@ -25,12 +25,12 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How one request's next token is chosen. The defaults are greedy decoding.
 
-    The order is fixed: repetition and frequency penalties, then, only when `do_sample`,
+    The order is fixed: repetition, frequency and presence penalties, then, only when `do_sample`,
     temperature, top_k, top_p, min_p, typical_p, and one draw from what is left. With several beams
     nothing is drawn; `processors` says what else is done to the scores.
 
     Attributes:
-        max_new_tokens: most tokens to generate, at least 1.
+        max_new_tokens: most tokens to generate; 0 to have the prompt scored and nothing else.
         do_sample: draw from the distribution instead of taking the most likely token.
         temperature: divides the logits; > 0.
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -40,8 +40,11 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens already in
             the prompt or the output (Keskar et al. 2019); > 0, 1 is off.
         frequency_penalty: subtracted from a token's logit for each time it was generated; 0 is off.
+        presence_penalty: subtracted from the logits of tokens that were generated; 0 is off.
         seed: a sampled request with the same seed draws the same numbers whatever batch it is in.
         top_logprobs: number of most likely alternatives to report with each token.
+        prompt_logprobs: number of most likely alternatives to report with each token of the prompt,
+            in a `PromptEvent`; None for no such event. Not with an encoder, which reads the prompt.
         ignore_eos: go on past the tokens that end a text.
         min_new_tokens: no token that ends a text is chosen before so many.
         no_repeat_ngram_size: no sequence of so many tokens comes twice; 0 is off.
@@ -62,8 +65,10 @@ class SamplingParams:
     typical_p: float = 1.0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
     min_new_tokens: int = 0
     no_repeat_ngram_size: int = 0
@@ -145,6 +150,39 @@ class TokenEvent:
     top: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     queue_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """A token of a prompt and what the model, with the prefix, thought of it.
+
+    Attributes:
+        logprob: given the prefix and the prompt before it, before penalties and sampling; None for
+            the first token, before which the model computes nothing.
+        top: the `prompt_logprobs` most likely tokens in its place, likeliest first.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """A request's prompt is computed: before its first token, where `prompt_logprobs` asks for it.
+
+    Attributes:
+        tokens: the whole prompt.
+        finish_reason: set where no token is to be generated.
+        queue_seconds: how long the request waited for a slot.
+    """
+
+    tokens: tuple[PromptToken, ...]
+    finish_reason: FinishReason | None
+    queue_seconds: float
+
+
+StreamEvent = PromptEvent | TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +270,13 @@ class GrammarFailedError(EngineFailedError):
 
 
 class TokenStream(Protocol):
-    """The tokens of one request, as they are generated."""
+    """The tokens of one request, as they are generated; its prompt's first if it asks for them."""
 
-    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+    def __aiter__(self) -> AsyncIterator[StreamEvent]:
         """Itself."""
 
-    async def __anext__(self) -> TokenEvent:
-        """The next token; EngineFailedError when there will be none."""
+    async def __anext__(self) -> StreamEvent:
+        """The next event; EngineFailedError when there will be none."""
 
     async def aclose(self) -> None:
         """Cancel the request if it has not ended."""

@@ -14,8 +14,9 @@ from prefix_store.groups import DECODER
 from prefix_store.model_loading import LoadedModel
 from server.engine.beam_search import Reordering
 from server.engine.cuda_graphs import CudaGraphs
+from server.engine.grouping import like_lengths
 from server.engine.kv_cache import SlotCache, Window
-from server.engine.scheduler import SlotMove, Span
+from server.engine.scheduler import SCORED_TOKENS, SlotMove, Span
 from server.engine.sequence import Sequence
 from server.engine.static_decode import Capture, StaticDecode
 
@@ -38,7 +39,7 @@ class Runner(Protocol):
         """A slot may hold NaN; see to it that no later sequence there is disturbed."""
 
     def forward(self, spans: Rows[Span]) -> torch.Tensor:
-        """Compute every span; logits `[spans, vocab]` after each one's last token."""
+        """Compute every span; logits `[rows, vocab]` after the last `num_logits` tokens of each."""
 
 
 class TransformersRunner:
@@ -92,14 +93,19 @@ class TransformersRunner:
     def forward(self, spans: Rows[Span]) -> torch.Tensor:
         """See `Runner.forward`."""
         single = [i for i, span in enumerate(spans) if len(span.token_ids) == 1]
-        longer = [i for i, span in enumerate(spans) if len(span.token_ids) > 1]
-        parts = []
-        if single:
-            parts.append(self._single([spans[i] for i in single]))
-        if longer:
-            parts.append(self._padded([spans[i] for i in longer]))
-        order = torch.tensor(single + longer, device=self._device).argsort()
-        return torch.cat(parts)[order] if longer and single else parts[0]
+        longer = [i for i, span in enumerate(spans) if len(span.token_ids) > span.num_logits]
+        scored = [i for i, span in enumerate(spans) if span.num_logits > 1]
+        groups = [group for group in (single, longer) if group]
+        groups += like_lengths(scored, lambda i: spans[i].num_logits, SCORED_TOKENS)
+        parts = [
+            (self._single if group is single else self._padded)([spans[i] for i in group])
+            for group in groups
+        ]
+        if groups in ([single], [longer]):
+            return parts[0]
+        owners = [i for group in groups for i in group for _ in range(spans[i].num_logits)]
+        order = torch.tensor(owners, device=self._device).argsort(stable=True)
+        return torch.cat(parts)[order]
 
     def _single(self, spans: Rows[Span]) -> torch.Tensor:
         """Spans of one token, over the slots 0 .. n - 1 that cover them, read without a copy.
@@ -136,7 +142,7 @@ class TransformersRunner:
         return static
 
     def _padded(self, spans: Rows[Span]) -> torch.Tensor:
-        """Longer spans, padded on the left so that each one's last token is in the last column."""
+        """Longer spans, padded on the left: the last tokens of each are in the last columns."""
         positions = [list(range(span.start, span.end)) for span in spans]
         window = Window(
             rows=torch.tensor([span.sequence.slot for span in spans], device=self._device),
@@ -144,11 +150,20 @@ class TransformersRunner:
             length=max(span.end for span in spans),
         )
         input_ids = self._left_padded([list(span.token_ids) for span in spans], 0)
-        return self._forward(input_ids, self._left_padded(positions, 0), window)
+        counts = [span.num_logits for span in spans]
+        logits = self._logits(input_ids, self._left_padded(positions, 0), window, max(counts))
+        return torch.cat([row[-count:] for row, count in zip(logits, counts, strict=True)])
 
     def _forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, window: Window
     ) -> torch.Tensor:
+        """Logits `[rows, vocab]` after each row's last token."""
+        return self._logits(input_ids, positions, window, 1)[:, -1]
+
+    def _logits(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, window: Window, keep: int
+    ) -> torch.Tensor:
+        """Logits `[rows, keep, vocab]` after each row's last `keep` tokens."""
         visible = self._positions[: window.length] <= positions[:, None, :, None]
         self._cache.select(window)
         output = self._model(
@@ -157,9 +172,9 @@ class TransformersRunner:
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: torch.Tensor = output.logits[:, -keep:]
         return logits
 
     def _column(self, values: list[int]) -> torch.Tensor:

@@ -12,6 +12,9 @@ from server.engine.fair_queue import FairQueue
 from server.engine.preemption import victims
 from server.engine.sequence import NO_SLOT, Sequence
 
+SCORED_TOKENS = 256
+"""Most prompt tokens in one step whose logits are kept: each has one for all of the vocabulary."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -38,6 +41,16 @@ class Span:
     def num_tokens(self) -> int:
         """Tokens that it takes to compute, the encoder's too."""
         return len(self.token_ids) + len(self.source_ids)
+
+    @property
+    def is_scored(self) -> bool:
+        """True for a chunk of a prompt whose log-probabilities are wanted."""
+        return self.sequence.is_scored and self.start < self.sequence.prompt_end
+
+    @property
+    def num_logits(self) -> int:
+        """Of how many of its tokens, the last ones, the logits are wanted."""
+        return len(self.token_ids) if self.is_scored else 1
 
     @property
     def completes_prompt(self) -> bool:
@@ -138,25 +151,31 @@ class Scheduler:
         At most `prefill_tokens` of the latter: the bound keeps a long prompt from stalling the
         sequences that are decoding. Tenants take turns at it, so that one's long prompts do not
         hold up another's; each one's own are computed in order of arrival. A source, which an
-        encoder can only read whole, may be over it.
+        encoder can only read whole, may be over it. Of prompts that are scored at most
+        `SCORED_TOKENS`.
         """
         spans = []
         for sequence in self.running:
             if sequence.is_decoding:
                 sequence.account.charge(OUTPUT_COST)
                 spans.append(Span(sequence, sequence.length, (sequence.output_ids[-1],)))
-        budget = self.prefill_tokens
+        budget, scored = self.prefill_tokens, SCORED_TOKENS
         prefilling = (s for s in self.running if not s.is_decoding and not s.is_sibling)
         for sequence in sorted(prefilling, key=_prefill_turn):
             if budget <= 0:
                 break
             # A decoder that reads a source is only ever given one token at a time.
             longest = 1 if sequence.source_ids else budget
+            if sequence.is_scored:
+                longest = min(longest, scored)
+            if longest == 0:
+                continue
             span = Span(sequence, sequence.length, sequence.uncomputed[:longest])
             if span.source_ids and span.num_tokens > budget < self.prefill_tokens:
                 break
             spans.append(span)
             budget -= span.num_tokens
+            scored -= len(span.token_ids) if sequence.is_scored else 0
             sequence.account.last_prefill = next(self._chunks)
             if span.completes_prompt:
                 for beam in sequence.beams:

@@ -10,7 +10,7 @@ from prefix_store.groups import DECODER, Group
 from prefix_store.prefix import Prefix
 from server.engine.account import Account
 from server.engine.grammar import Matcher, TokenGrammar
-from server.engine.protocol import GenerationRequest
+from server.engine.protocol import GenerationRequest, PromptToken
 
 NO_SLOT = -1
 
@@ -27,6 +27,7 @@ class Sequence:
         slot: its row of the KV memory, or NO_SLOT while it waits.
         length: positions of the slot that are filled: the prefix, then the tokens computed so far.
         output_ids: tokens generated so far; the last one is not in the slot yet.
+        prompt_scores: where they are wanted, those of the prompt so far, but for the first token.
         arrived_at, queued_at: when it came, and when it last began to wait for a slot.
         queue_seconds: how long it has waited for slots in all.
         matcher: what its grammar allows next, or None where any text may come.
@@ -45,6 +46,7 @@ class Sequence:
     slot: int = NO_SLOT
     length: int = 0
     output_ids: list[int] = field(default_factory=list)
+    prompt_scores: list[PromptToken] = field(default_factory=list)
     arrived_at: float = field(default_factory=time.perf_counter)
     queued_at: float = field(init=False)
     queue_seconds: float = 0.0
@@ -74,6 +76,11 @@ class Sequence:
     def is_beam(self) -> bool:
         """True for the sequences of a beam search."""
         return self.is_sibling or bool(self.siblings)
+
+    @property
+    def is_scored(self) -> bool:
+        """True where its prompt's log-probabilities are wanted and not known yet."""
+        return self.request.sampling.prompt_logprobs is not None and not self.output_ids
 
     @property
     def beams(self) -> tuple[Sequence, ...]:
@@ -112,6 +119,7 @@ class Sequence:
     def preempt(self, now: float) -> None:
         """Begin to wait again: what it has computed is lost, what it has generated is kept."""
         self.prefill_ids = (*self.prompt_ids, *self.output_ids)
+        self.prompt_scores.clear()
         self.is_decoding = False
         self.was_preempted = True
         self.queued_at = now

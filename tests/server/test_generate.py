@@ -8,11 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix, version_of
 from server.tokenization import TextTokenizer
-from tests.engine.reference import greedy
+from tests.engine.reference import as_cache, greedy
 from tests.server.live import LiveServer
 
 STORY = "Zoë's 👩‍🚀 café — naïve 東京 ﷽ \U0001f600!"
@@ -200,3 +201,61 @@ def test_the_documentation_explains_every_field_with_an_example(server: LiveServ
     upload = schema["paths"]["/admin/tasks/{task_id}"]["put"]["requestBody"]["content"]
     assert {*upload} == {"multipart/form-data", "application/json"}
     assert server.client.get("/docs").status_code == httpx.codes.OK
+
+
+def test_the_prompts_tokens_are_scored_on_request(
+    server: LiveServer, endless: LoadedModel, prefixes: dict[str, Prefix]
+) -> None:
+    ids = endless.tokenizer(STORY)["input_ids"]
+    with torch.inference_mode():
+        cache = as_cache(prefixes["middle"])
+        logits = endless.model(torch.tensor([ids]), past_key_values=cache).logits[0, :-1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    settings = {"max_new_tokens": 2, "details": True, "decoder_input_details": True}
+    prefill = server.generate(STORY, "middle", **settings)["details"]["prefill"]
+    assert [token["id"] for token in prefill] == ids
+    assert "".join(token["text"] for token in prefill) == STORY
+    assert prefill[0]["logprob"] is None
+    assert [token["logprob"] for token in prefill[1:]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_best_of_answers_with_the_likeliest_of_several(server: LiveServer) -> None:
+    settings = {"max_new_tokens": 5, "details": True, "temperature": 1.2}
+    alone = [server.generate(STORY, "middle", seed=seed, **settings) for seed in (11, 12, 13)]
+
+    def logprob(details: dict[str, Any]) -> float:
+        return sum(token["logprob"] for token in details["tokens"])
+
+    alone.sort(key=lambda one: logprob(one["details"]), reverse=True)
+    found = server.generate([STORY, STORY], "middle", seed=11, best_of=3, **settings)
+    for answer in found:
+        assert answer["generated_text"] == alone[0]["generated_text"]
+        others = answer["details"]["best_of_sequences"]
+        assert [one["generated_text"] for one in others] == [
+            one["generated_text"] for one in alone[1:]
+        ]
+        assert [one["seed"] for one in others] == [one["details"]["seed"] for one in alone[1:]]
+
+
+@pytest.mark.parametrize("parameter", [{"best_of": 2, "seed": 1}, {"decoder_input_details": True}])
+def test_what_is_known_at_the_end_only_is_not_for_streams(
+    server: LiveServer, parameter: dict[str, Any]
+) -> None:
+    body = {"inputs": STORY, "parameters": {"do_sample": True, "details": True} | parameter}
+    answer = server.client.post("/generate_stream", json=body)
+    assert answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY
+    assert "not for streams" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("text", [STORY, "word " * 1000])
+def test_tokenize_tells_which_characters_each_token_stands_for(
+    server: LiveServer, endless: LoadedModel, text: str
+) -> None:
+    answer = server.client.post("/tokenize", json={"inputs": text})
+    assert answer.status_code == httpx.codes.OK
+    tokens = answer.json()
+    assert [token["id"] for token in tokens] == endless.tokenizer(text)["input_ids"]
+    assert all(text[token["start"] : token["stop"]] == token["text"] for token in tokens)
+    assert (tokens[0]["start"], tokens[-1]["stop"]) == (0, len(text))
+    answer = server.client.post("/tokenize", json={"inputs": [text]})
+    assert answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY
