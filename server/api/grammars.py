@@ -11,7 +11,7 @@ from server.engine.protocol import Grammar
 from server.errors import InvalidRequestError
 
 MAX_CHOICES = 1_000
-_SCHEMA_EXAMPLE = {
+EXAMPLE_SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "area": {"enum": ["riverside", "city centre"]}},
     "required": ["name", "area"],
@@ -28,7 +28,7 @@ class JsonGrammar(_GrammarModel):
 
     type: Literal["json"] = Field(description="A JSON schema.", examples=["json"])
     value: dict[str, Any] | str = Field(
-        description="The schema, or its text.", examples=[_SCHEMA_EXAMPLE]
+        description="The schema, or its text.", examples=[EXAMPLE_SCHEMA]
     )
 
 
@@ -37,7 +37,7 @@ class NamedSchema(_GrammarModel):
 
     name: str | None = Field(default=None, description="Any name.", examples=["restaurant"])
     schema_: dict[str, Any] = Field(
-        alias="schema", description="The schema.", examples=[_SCHEMA_EXAMPLE]
+        alias="schema", description="The schema.", examples=[EXAMPLE_SCHEMA]
     )
 
 
@@ -93,9 +93,7 @@ def grammar_of(parameter: GrammarParameter | None) -> Grammar | None:
         InvalidRequestError: see `schema_grammar`.
     """
     match parameter:
-        case JsonGrammar(value=str(text)):
-            return Grammar("json_schema", text)
-        case JsonGrammar(value=dict(schema)):
+        case JsonGrammar(value=schema):
             return schema_grammar(schema)
         case JsonSchemaGrammar(value=named):
             return schema_grammar(named.schema_)
@@ -106,12 +104,14 @@ def grammar_of(parameter: GrammarParameter | None) -> Grammar | None:
     return None if parameter is None else Grammar("json_object")
 
 
-def schema_grammar(schema: dict[str, Any] | bool) -> Grammar:
-    """The grammar of a JSON schema.
+def schema_grammar(schema: dict[str, Any] | str) -> Grammar:
+    """The grammar of a JSON schema, or of its text.
 
     Raises:
         InvalidRequestError: it is nested too deeply, or holds a number that JSON does not have.
     """
+    if isinstance(schema, str):
+        return Grammar("json_schema", schema)
     try:
         return Grammar("json_schema", json.dumps(schema, allow_nan=False))
     except (RecursionError, ValueError) as error:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 
 from server.api.openai.answers import FinishReason, UsageAnswer
+from server.api.openai.formats import grammar_of
 from server.api.openai.requests import GenerationOptions
 from server.api.schemas import MAX_INPUTS
 from server.callers import Caller
@@ -40,7 +41,8 @@ def job_of(
         max_new_tokens: None for up to `default_new_tokens`, fewer where fewer fit.
 
     Raises:
-        InvalidRequestError: too many sequences, or `stream_options` without a stream.
+        InvalidRequestError: too many sequences, `stream_options` without a stream, or a form of
+            the text that cannot be read.
     """
     if len(inputs) * samples > MAX_INPUTS:
         raise InvalidRequestError(
@@ -60,6 +62,7 @@ def job_of(
         default_new_tokens=default_new_tokens,
         seed=None if request.seed is None else request.seed % _SEEDS,
         stop=stops_of(request),
+        grammar=grammar_of(request),
     )
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, ValidatorFunctionWrapHandler
 from pydantic.functional_validators import WrapValidator
 from pydantic_core import PydanticCustomError
 
+from server.api.openai.formats import FormatOptions
 from server.api.parameters import (
     MAX_BEST_OF,
     MAX_STOP_STRINGS,
@@ -52,7 +53,7 @@ class StreamOptions(RequestModel):
     )
 
 
-class GenerationOptions(RequestModel):
+class GenerationOptions(FormatOptions):
     """What completions and chat completions have in common. null is the default."""
 
     model: str = Field(
