@@ -35,6 +35,7 @@ NAMES = tuple(
         "peers",
         "tasks",
         "cold",
+        "balancing",
         "shared_prefix",
         "structured",
         "int8",

@@ -5,7 +5,8 @@
 A server on a store with 1, then 100, 1,000 and 10,000 tasks; memory is taken at each. Then clients
 that always wait for an answer and ask again, each time for a task drawn uniformly or by Zipf's law
 (s = 1) from the first 1, 100, 1,000 or 10,000: these take turns. The cache has room for 182
-prefixes, so that most of 10,000 tasks come from the store when they are asked for.
+prefixes, so that most of 10,000 tasks come from the store when they are asked for. Memory is
+compared with what `prefixserve plan` computes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import httpx
 
 from benchmarks.common import (
     PREFIX_LENGTH,
+    ROOT,
     alternate,
     arguments,
     load_model,
@@ -32,6 +34,9 @@ from benchmarks.common import (
     report,
 )
 from benchmarks.many_tasks import TaskServer, task_name, task_server
+from clients.planning.model_size import model_size
+from clients.planning.plan import TASK_BYTES, Machine, replica_memory
+from prefix_store.model_loading import DEFAULT_MODEL, LoadedModel
 from prefix_store.prefix import Prefix
 
 CLIENTS = 32
@@ -129,6 +134,28 @@ async def measure(
     }
 
 
+def planned_vs_measured(
+    results: dict[str, Any], loaded: LoadedModel, sequences: int, positions: int
+) -> dict[str, float]:
+    """What `prefixserve plan` computes of the memory, as shares of what was measured.
+
+    Args:
+        sequences, positions: what was in use at once; on a CPU the rest of the slots' memory stays
+            with the operating system.
+    """
+    size = model_size(DEFAULT_MODEL, dtype=loaded.model.dtype, cache_dir=ROOT / ".cache" / "models")
+    memory = replica_memory(size, Machine("cpu", 0, sequences, positions))
+    server = memory.runtime + memory.weights + memory.slots + results["cache_most_bytes"]
+    registered = results["memory_when_registered"]
+    few, many = min(registered, key=int), max(registered, key=int)
+    store = registered[many]["store_bytes"] - registered[few]["store_bytes"]
+    tasks = int(many) - int(few)
+    return {
+        "planned_vs_measured_server": server / results["server_most_bytes"],
+        "planned_vs_measured_store": tasks * (results["prefix_bytes"] + TASK_BYTES) / store,
+    }
+
+
 def main() -> None:
     """Run and report."""
     options = arguments(__doc__ or "").parse_args()
@@ -147,6 +174,11 @@ def main() -> None:
     most = counts[-1]
     ratios = {f"tasks_{most}_vs_1": medians[f"{most}_zipf"] / medians["1"]}
     ratios[f"tasks_{most}_uniform_vs_1"] = medians[f"{most}_uniform"] / medians["1"]
+    longest = max(len(loaded.tokenizer(text)["input_ids"]) for text in texts) + new_tokens
+    planned = planned_vs_measured(results, loaded, clients, longest)
+    if not all(0.9 <= found <= 1.1 for found in planned.values()):
+        raise SystemExit(f"the plan is more than a tenth off what was measured: {planned}")
+    ratios |= planned
     report("tasks", results, ratios)
 
 

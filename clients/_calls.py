@@ -27,6 +27,8 @@ from clients._responses import reader
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_SECONDS = 5.0
+TASK_HEADER = "X-Task-Id"
+"""Tells a balancer the task, so that it can send it where its prefix is; servers do not read it."""
 
 T = TypeVar("T")
 
@@ -121,7 +123,7 @@ def generate(
 ) -> Call[Generation | list[Generation]]:
     """A text for one input, or one for each of several."""
     read = _generation if isinstance(inputs, str) else _generations
-    return Call("POST", "/generate", read, _generate_body(inputs, task_id, user, parameters))
+    return Call("POST", "/generate", read, _generate_request(inputs, task_id, user, parameters))
 
 
 def stream(
@@ -129,11 +131,11 @@ def stream(
 ) -> Call[bytes]:
     """The tokens of a text as server-sent events."""
     return Call(
-        "POST", "/generate_stream", bytes, _generate_body(inputs, task_id, user, parameters)
+        "POST", "/generate_stream", bytes, _generate_request(inputs, task_id, user, parameters)
     )
 
 
-def _generate_body(
+def _generate_request(
     inputs: str | list[str], task_id: str | None, user: str | None, parameters: Parameters
 ) -> dict[str, Any]:
     body: dict[str, Any] = {
@@ -144,7 +146,8 @@ def _generate_body(
         body["task_id"] = task_id
     if user is not None:
         body["user"] = user
-    return {"json": body}
+    headers = {} if task_id is None else {TASK_HEADER: _segment(task_id)}
+    return {"json": body, "headers": headers}
 
 
 def upload(

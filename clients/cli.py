@@ -31,6 +31,10 @@ COMMANDS = "prefixserve.commands"
 """Entry-point group of commands that other packages bring: functions of the argument list."""
 
 LATER = {
+    "plan": (
+        "clients.planning.command:plan",
+        "Compute what a model and a workload need: memory, hit rates, replicas, the store.",
+    ),
     "export": (
         "clients._store:export",
         "Write every task and its versions to a folder; what is there already is kept.",

@@ -54,15 +54,22 @@ class BaseModelSpec:
     encoder: EncoderSpec | None = None
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, name: str) -> BaseModelSpec:
-        """Read the sizes off a transformers model."""
+    def from_model(
+        cls, model: PreTrainedModel, name: str, identity: str | None = None
+    ) -> BaseModelSpec:
+        """Read the sizes off a transformers model.
+
+        Args:
+            identity: the fingerprint, for a model that has no weights to take it of.
+        """
+        identity = fingerprint(model) if identity is None else identity
         if model.config.is_encoder_decoder:
-            return _encoder_decoder(model, name)
+            return _encoder_decoder(model, name, identity)
         config = model.config.get_text_config(decoder=True)
         num_heads = config.num_attention_heads
         return cls(
             name=name,
-            fingerprint=fingerprint(model),
+            fingerprint=identity,
             num_layers=config.num_hidden_layers,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
@@ -87,13 +94,13 @@ _RELATIVE_POSITIONS = 1_000_000
 """Longest text of a model that has no positions of its own to run out of."""
 
 
-def _encoder_decoder(model: PreTrainedModel, name: str) -> BaseModelSpec:
+def _encoder_decoder(model: PreTrainedModel, name: str, identity: str) -> BaseModelSpec:
     encoder = model.config.get_text_config(encoder=True)
     decoder = model.config.get_text_config(decoder=True)
     positions = getattr(model.config, "max_position_embeddings", None)
     return BaseModelSpec(
         name=name,
-        fingerprint=fingerprint(model),
+        fingerprint=identity,
         # T5 names its own.
         num_layers=getattr(decoder, "num_decoder_layers", None) or decoder.num_hidden_layers,
         num_kv_heads=decoder.num_attention_heads,

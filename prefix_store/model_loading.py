@@ -40,6 +40,14 @@ class LoadedModel:
     spec: BaseModelSpec
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedSkeleton:
+    """A model whose tensors have shapes and no numbers, and its spec, which has no fingerprint."""
+
+    model: PreTrainedModel
+    spec: BaseModelSpec
+
+
 def default_device() -> torch.device:
     """CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,6 +100,27 @@ def load_base_model(
     if spec.encoder is not None:
         use_prefix_attention(model, spec)
     return LoadedModel(model, tokenizer, spec)
+
+
+def load_skeleton(name: str, *, dtype: torch.dtype, cache_dir: Path) -> LoadedSkeleton:
+    """The model called `name` as its config describes it; its weights are not read.
+
+    Args:
+        name, cache_dir: as `load_base_model` takes them.
+
+    Raises:
+        ModelLoadError: there is no such model, or its config cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(_source(name, cache_dir))
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except _READ_ERRORS as error:
+        raise ModelLoadError(
+            f"cannot read the config of {name!r}: {_first_line(error)} {_EXPECTED}"
+        ) from error
+    return LoadedSkeleton(model, BaseModelSpec.from_model(model, name, identity=""))
 
 
 def _source(name: str, cache_dir: Path) -> str:

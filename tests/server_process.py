@@ -60,7 +60,7 @@ def running_server(model: str | Path, data_dir: Path, *flags: str) -> Iterator[S
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     server = ServerProcess(f"http://127.0.0.1:{port}", process, log)
     try:
-        _wait_until_ready(server)
+        wait_until_ready(server)
         yield server
     finally:
         if process.poll() is None:
@@ -72,7 +72,8 @@ def running_server(model: str | Path, data_dir: Path, *flags: str) -> Iterator[S
             process.wait()
 
 
-def _wait_until_ready(server: ServerProcess) -> None:
+def wait_until_ready(server: ServerProcess) -> None:
+    """Poll until it takes requests; an error with its log if it ends or takes too long."""
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
