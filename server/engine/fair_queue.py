@@ -69,14 +69,12 @@ class FairQueue:
         """Queue a sequence, the newest of its tenant's that ran, before those that never ran."""
         self._line(sequence.account).appendleft(sequence)
 
-    def take_first(self) -> Sequence:
-        """Take out `first`, and charge its prompt the first time."""
-        sequence = self.first
-        self._lines[sequence.account].popleft()
+    def take(self, sequence: Sequence) -> None:
+        """Take out a sequence that is to have its slots, and charge its prompt the first time."""
+        self._lines[sequence.account].remove(sequence)
         self._close_if_empty(sequence.account)
         if not sequence.was_preempted:
             sequence.account.charge(INPUT_COST * len(sequence.request.prompt_ids))
-        return sequence
 
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that waits and will not come back."""

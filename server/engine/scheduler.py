@@ -123,7 +123,8 @@ class Scheduler:
                     break
                 moves += self._preempt(yielding)
                 preempted += len(yielding)
-            admitted += self._seat(self.waiting.take_first())
+            self.waiting.take(head)  # whoever yielded may be first by now
+            admitted += self._seat(head)
         seated = tuple(sequence for sequence in admitted if sequence.slot != NO_SLOT)
         return Admission(tuple(moves), seated, preempted)
 

@@ -162,6 +162,21 @@ def test_a_slot_that_was_given_up_is_not_taken_back() -> None:
     assert simulation.preempted == taken == 4
 
 
+def test_who_yields_does_not_get_the_slot_back_where_all_else_is_equal() -> None:
+    simulation = Simulation(max_slots=8)
+    # In slots for each weight, the one that yields is then even with the one it yields to.
+    weights = {"c": 0.605, "b": 1.0, "a": 0.5}
+    for tenant in "ccccbbaa":
+        simulation.ask(tenant, 1, 50, weight=weights[tenant])
+        simulation.step()
+    next_of_b = simulation.ask("b", 1, 50, weight=1.0)
+    for account in simulation.scheduler.waiting.accounts:
+        account.served = 1000.0
+    simulation.step()
+    assert next_of_b.slot != NO_SLOT
+    assert [simulation.holds(tenant) for tenant in "abc"] == [1, 3, 4]
+
+
 def test_the_newest_yields_and_goes_on_before_those_that_never_ran() -> None:
     simulation = Simulation(max_slots=2)
     flood = []
