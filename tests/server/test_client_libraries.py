@@ -1,7 +1,8 @@
-"""Hugging Face's own clients, as they are, against this server."""
+"""Hugging Face's and LoRAX's own clients, as they are, against this server."""
 
 from __future__ import annotations
 
+import lorax
 import pytest
 import text_generation
 from huggingface_hub import InferenceClient
@@ -122,3 +123,35 @@ async def test_text_generation_streams_asynchronously(server: LiveServer) -> Non
 def test_text_generation_raises_its_own_errors(tgi: text_generation.Client) -> None:
     with pytest.raises(text_generation.errors.ValidationError, match="max_new_tokens"):
         tgi.generate(PROMPT, max_new_tokens=100_000)
+
+
+def test_lorax_generates(server: LiveServer) -> None:
+    client = lorax.Client(server.url)
+    expected = server.generate(PROMPT, "middle", max_new_tokens=8, details=True)
+    found = client.generate(
+        PROMPT, adapter_id="middle", max_new_tokens=8, decoder_input_details=True
+    )
+    assert found.generated_text == expected["generated_text"]
+    assert [t.id for t in found.details.tokens] == [t["id"] for t in expected["details"]["tokens"]]
+    assert found.details.prompt_tokens == expected["prompt_tokens"] == len(found.details.prefill)
+    events = list(client.generate_stream(PROMPT, adapter_id="middle", max_new_tokens=8))
+    assert events[-1].generated_text == found.generated_text
+    several = client.generate(
+        PROMPT, adapter_id="middle", max_new_tokens=4, do_sample=True, best_of=3
+    )
+    assert len(several.details.best_of_sequences) == 2
+
+
+async def test_lorax_streams_asynchronously(server: LiveServer) -> None:
+    client = lorax.AsyncClient(server.url)
+    stream = client.generate_stream(PROMPT, adapter_id="middle", max_new_tokens=4)
+    expected = server.generate(PROMPT, "middle", max_new_tokens=4)["generated_text"]
+    assert [event async for event in stream][-1].generated_text == expected
+
+
+def test_lorax_raises_its_own_errors(server: LiveServer) -> None:
+    client = lorax.Client(server.url)
+    with pytest.raises(lorax.errors.NotFoundError, match="nobody"):
+        client.generate(PROMPT, adapter_id="nobody")
+    with pytest.raises(lorax.errors.ValidationError, match="adapter_source"):
+        client.generate(PROMPT, adapter_id="middle", adapter_source="hub")
