@@ -40,6 +40,7 @@ NAMES = tuple(
         "structured",
         "int8",
         "training",
+        "fairness",
     )
     if importlib.util.find_spec(f"benchmarks.{name}")
 )
