@@ -166,14 +166,15 @@ def test_a_request_goes_to_the_next_replica_where_its_own_cannot_take_it(
     assert all(json.loads(content) == body for content in sent)
 
 
+@pytest.mark.parametrize("path", ["/admin/tasks/a/rollback", "/v1/load_lora_adapter"])
 @pytest.mark.parametrize("fault", [refuse(429), refuse(503), drop])
 def test_a_change_is_never_sent_twice(
-    scripted: list[FaultyServer], tmp_path: Path, fault: object
+    scripted: list[FaultyServer], tmp_path: Path, fault: object, path: str
 ) -> None:
     for server in scripted:
         server.script(fault)  # type: ignore[arg-type]
     with balancer(tmp_path, [server.url for server in scripted]) as url:
-        assert httpx.post(f"{url}/admin/tasks/a/rollback").status_code in {429, 502, 503}
+        assert httpx.post(f"{url}{path}").status_code in {429, 502, 503}
     assert sum(len(server.requests) for server in scripted) == 1
 
 
