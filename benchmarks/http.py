@@ -72,7 +72,8 @@ def running_server(*flags: str) -> Iterator[ServerProcess]:
         models.mkdir(parents=True, exist_ok=True)
         (Path(data_dir) / "models").symlink_to(models)
         command = [sys.executable, "-m", "clients", "serve", "--port", str(port)]
-        command += ["--data-dir", data_dir, "--no-demo-tasks", "--log-level", "warning", *flags]
+        command += ["--data-dir", data_dir, "--no-auth", "--no-demo-tasks"]
+        command += ["--log-level", "warning", *flags]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             url = f"http://127.0.0.1:{port}"

@@ -1,7 +1,8 @@
 """A folder with a whole store: one safetensors file for each version, and `tasks.json`.
 
 sha256-<hex digest>.safetensors  the artefact's bytes, which hash to its name
-tasks.json                       the tasks; written last, so what it names is there
+tasks.json                       the tasks, and hashes of the API keys; written last, so what it
+                                 names is there
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import IO, Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from prefix_store.api_key import ApiKey
+from prefix_store.archived_keys import saved_keys
 from prefix_store.artefact import Artefact
 from prefix_store.errors import ArchiveError, InvalidPrefixError
 from prefix_store.prefix import Prefix
 from prefix_store.strict_json import parse_object
-from prefix_store.task import Task, divided
+from prefix_store.task import Task, divided, shared
 
 INDEX = "tasks.json"
 FORMAT = "prefixserve-export/1"
@@ -48,6 +51,7 @@ class SavedTask:
     history: tuple[str, ...]
     split: dict[str, int]
     pinned: bool
+    shared_with: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, task: Task) -> SavedTask:
@@ -60,6 +64,7 @@ class SavedTask:
             history=task.history,
             split={share.version: share.percent for share in task.split},
             pinned=task.pinned,
+            shared_with=task.shared_with,
         )
 
     def task(self, task_id: str, artefacts: Sequence[Artefact]) -> Task:
@@ -70,13 +75,14 @@ class SavedTask:
 
         Raises:
             UnknownVersionError, InvalidSplitError: it splits among others, or badly.
+            InvalidTenantError: it is shared with what is no tenant.
         """
         records = tuple(
             artefact.record(task_id, saved.created_at)
             for saved, artefact in zip(self.versions, artefacts, strict=True)
         )
         whole = Task(task_id, self.version, records, self.history, pinned=self.pinned)
-        return divided(whole, self.split)
+        return shared(divided(whole, self.split), self.shared_with)
 
     def check(self) -> None:
         """Refuse versions that contradict one another.
@@ -133,8 +139,16 @@ def make_folder(folder: Path) -> None:
         raise ArchiveError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
-def read_index(folder: Path) -> Mapping[str, object]:
-    """Each task's entry in `tasks.json`, as it is there.
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What `tasks.json` has: each task's entry and each API key's, as it is there."""
+
+    tasks: Mapping[str, object]
+    keys: Mapping[str, object]
+
+
+def read_index(folder: Path) -> Index:
+    """What is in `tasks.json`.
 
     Raises:
         ArchiveError: there is no such file, or it is not of this format.
@@ -149,20 +163,21 @@ def read_index(folder: Path) -> Mapping[str, object]:
         index = parse_object(str(path), text)
     except InvalidPrefixError as error:
         raise ArchiveError(str(error)) from error
-    tasks = index.get("tasks")
-    if index.get("format") != FORMAT or not isinstance(tasks, dict):
+    tasks, keys = index.get("tasks"), index.get("keys", {})
+    if index.get("format") != FORMAT or not isinstance(tasks, dict) or not isinstance(keys, dict):
         raise ArchiveError(f"{path} does not have format {FORMAT!r} with tasks; is it an export?")
-    return tasks
+    return Index(tasks, keys)
 
 
-def write_index(folder: Path, tasks: Sequence[Task]) -> None:
+def write_index(folder: Path, tasks: Sequence[Task], keys: Sequence[ApiKey]) -> None:
     """Write `tasks.json`, whole or not at all.
 
     Raises:
         ArchiveError: it cannot be written.
     """
     saved = {task.task_id: _SAVED_TASK.dump_python(SavedTask.of(task)) for task in tasks}
-    text = json.dumps({"format": FORMAT, "tasks": saved}, indent=1)
+    index = {"format": FORMAT, "tasks": saved, "keys": saved_keys(keys)}
+    text = json.dumps(index, indent=1)
     with _written(folder / INDEX) as file:
         file.write(text.encode())
 
@@ -222,11 +237,13 @@ class Outcome:
         done: names of tasks that were written.
         unchanged: names of tasks that were there already, whole.
         failed: names of tasks that were left out, and why.
+        keys: number of API keys that were written.
     """
 
     done: tuple[str, ...]
     unchanged: tuple[str, ...]
     failed: Mapping[str, str]
+    keys: int
 
 
 def _hash_of(file: Any) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
+from prefix_store.api_key import ApiKey
 from prefix_store.archive import (
+    Index,
     Outcome,
     has_artefact,
     make_folder,
@@ -17,6 +20,7 @@ from prefix_store.archive import (
     write_index,
     written_artefact,
 )
+from prefix_store.archived_keys import restored_keys
 from prefix_store.condition import ANY, Condition
 from prefix_store.errors import (
     ArchiveError,
@@ -28,7 +32,7 @@ from prefix_store.errors import (
 )
 from prefix_store.store import PrefixStore
 from prefix_store.task import Task
-from prefix_store.task_id import check_task_id
+from prefix_store.task_id import check_stored_name
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
@@ -65,9 +69,10 @@ async def export_store(store: PrefixStore, folder: Path, progress: Progress) -> 
             saved.append(now)
             if export.files > before:
                 written.append(task.task_id)
-    await asyncio.to_thread(write_index, folder, saved)
+    keys = await store.keys.list()
+    await asyncio.to_thread(write_index, folder, saved, keys)
     unchanged = {task.task_id for task in saved} - set(written)
-    return Outcome(tuple(written), tuple(sorted(unchanged)), failed)
+    return Outcome(tuple(written), tuple(sorted(unchanged)), failed, len(keys))
 
 
 class _Export:
@@ -130,7 +135,8 @@ async def import_store(
     """Put every task of an export into the store, each whole in one step or not at all.
 
     A task that is there already, with whole bytes, is left alone. So is a task of the same name
-    that is different, unless `overwrite`.
+    that is different, unless `overwrite`. API keys come first; one that is there, good or revoked,
+    is always left alone, so that an old export gives nobody back what was taken from them.
 
     Args:
         progress: counts tasks.
@@ -139,11 +145,12 @@ async def import_store(
         ArchiveError: the folder is not an export.
         StoreUnavailableError: the tasks imported so far stay.
     """
-    entries = await asyncio.to_thread(read_index, folder)
+    index = await asyncio.to_thread(read_index, folder)
+    keys = await _import_keys(store, index)
     done: list[str] = []
     unchanged: list[str] = []
     failed: dict[str, str] = {}
-    for count, (task_id, entry) in enumerate(entries.items(), 1):
+    for count, (task_id, entry) in enumerate(index.tasks.items(), 1):
         try:
             changed = await _import_task(store, folder, task_id, entry, overwrite)
             (done if changed else unchanged).append(task_id)
@@ -151,15 +158,28 @@ async def import_store(
             raise
         except PrefixStoreError as error:
             failed[task_id] = str(error)
-        progress(count, len(entries))
-    return Outcome(tuple(done), tuple(unchanged), failed)
+        progress(count, len(index.tasks))
+    return Outcome(tuple(done), tuple(unchanged), failed, keys)
+
+
+async def _import_keys(store: PrefixStore, index: Index) -> int:
+    """How many were missing."""
+    known = {key.key_id for key in await store.keys.list()}
+    missing = [key for key in restored_keys(index.keys) if key.key_id not in known]
+    for key in missing:
+        await store.keys.change(key.key_id, partial(_there_or, key))
+    return len(missing)
+
+
+def _there_or(key: ApiKey, found: ApiKey | None) -> ApiKey:
+    return found or key
 
 
 async def _import_task(
     store: PrefixStore, folder: Path, task_id: str, entry: object, overwrite: bool
 ) -> bool:
     """Whether anything had to be done."""
-    check_task_id(task_id)
+    check_stored_name(task_id)
     saved = saved_task(entry)
     artefacts = [
         await asyncio.to_thread(read_artefact, folder, kept.version) for kept in saved.versions

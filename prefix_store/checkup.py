@@ -30,7 +30,7 @@ class Finding:
 
     Attributes:
         task_id: the task it is about, or empty.
-        version: the version or blob it is about, or empty.
+        version: the version, blob or API key it is about, or empty.
         problem, remedy: what is wrong, and what to do about it.
     """
 
@@ -131,6 +131,21 @@ def _of_books(audit: Audit) -> Iterator[Finding]:
             "",
             "the stored task cannot be read",
             f"delete its field of the hash {{prefixserve}}:tasks, then {_RESTORE}",
+        )
+    for task_id in audit.mislisted:
+        yield Finding(
+            task_id,
+            "",
+            "the list of shared tasks differs from the task",
+            "say again with whom it is shared; if there is no such task, delete its field of the "
+            "hash {prefixserve}:shared",
+        )
+    for key_id in audit.unreadable_keys:
+        yield Finding(
+            "",
+            key_id,
+            "the stored API key cannot be read",
+            "delete its field of the hash {prefixserve}:keys and make another key",
         )
     for name in audit.unreferenced:
         yield Finding("", name, "its bytes are stored and no task keeps it", _REBUILD)

@@ -21,7 +21,7 @@ class Condition:
     match: frozenset[str] | None = None
     none_match: frozenset[str] | None = None
 
-    def check(self, task_id: str, active: str | None) -> None:
+    def check(self, name: str, active: str | None) -> None:
         """Return if a task with this active version may be changed; None is no task.
 
         Raises:
@@ -30,12 +30,12 @@ class Condition:
         if self.match is not None and not _among(active, self.match):
             found = "does not exist" if active is None else f"is at version {active}"
             raise PreconditionFailedError(
-                f"task {task_id!r} {found}, and If-Match asks for {_listed(self.match)}; "
+                f"task {name!r} {found}, and If-Match asks for {_listed(self.match)}; "
                 "look at the task again and repeat the change if it still applies"
             )
         if self.none_match is not None and _among(active, self.none_match):
             raise PreconditionFailedError(
-                f"task {task_id!r} exists at version {active}, and If-None-Match excludes "
+                f"task {name!r} exists at version {active}, and If-None-Match excludes "
                 f"{_listed(self.none_match)}"
             )
 

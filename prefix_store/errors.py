@@ -1,5 +1,9 @@
 """Everything the prefix store can refuse, as one tree."""
 
+from __future__ import annotations
+
+from typing import Self
+
 
 class PrefixStoreError(Exception):
     """Base of every error raised by `prefix_store`; its text is written for the end user."""
@@ -29,8 +33,25 @@ class InvalidTaskIdError(PrefixStoreError):
     """The task name is empty, too long or has characters that are not allowed."""
 
 
+class InvalidTenantError(PrefixStoreError):
+    """The tenant's name is empty, too long or has characters that are not allowed."""
+
+
+class UnknownKeyError(PrefixStoreError):
+    """No API key of this id."""
+
+
+class AdminKeyError(PrefixStoreError):
+    """The file with the first administrator's key cannot be used."""
+
+
 class UnknownTaskError(PrefixStoreError):
     """No task of this name."""
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The error for whoever called the task so."""
+        return cls(f"no task {name[:80]!r}: upload its prefix, or check the name")
 
 
 class UnknownVersionError(PrefixStoreError):

@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-import platformdirs
-
+from prefix_store.data_dir import store_dir
 from prefix_store.embedded import EmbeddedValkey
 from prefix_store.errors import StoreUnavailableError
 from prefix_store.redis_store import RedisPrefixStore
@@ -17,7 +16,6 @@ from prefix_store.redis_store.store import KEEP_VERSIONS
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_DATA_DIR = Path(platformdirs.user_data_dir("prefixserve"))
 ANSWER_SECONDS = 5.0
 
 
@@ -60,8 +58,3 @@ async def opened_store(
         for risk in () if embedded else await store.risks():
             logger.warning("the prefix store may lose what it acknowledged: %s", risk)
         yield store
-
-
-def store_dir(data_dir: Path) -> Path:
-    """Where the embedded store of a data directory is."""
-    return data_dir.expanduser() / "store"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from prefix_store.api_key import ApiKey
 from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
 from prefix_store.task import Task, TaskRecord
 
-__all__ = ["Audit", "Changes", "PrefixStore", "Subscription", "Task", "TaskRecord"]
+__all__ = ["Audit", "Changes", "KeyStore", "PrefixStore", "Subscription", "Task", "TaskRecord"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +21,15 @@ class Changes:
 
     Attributes:
         position: where in the store's history this is; give it back to hear what came later.
-        task_ids: the tasks that changed, or None when that is no longer known: any may have.
+        task_ids, key_ids: the tasks and the API keys that changed, or None when that is no longer
+            known: any may have.
+        sharing: whether what is shared with whom may have changed.
     """
 
     position: str
     task_ids: tuple[str, ...] | None
+    key_ids: tuple[str, ...] | None
+    sharing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +42,16 @@ class Audit:
         unreferenced: versions, or blobs of them, with bytes that no task keeps and nothing will
             delete.
         miscounted: versions whose number of tasks on record is wrong.
+        mislisted: names of tasks for which the list of shared ones is wrong.
+        unreadable_keys: ids of API keys whose stored text is damaged.
     """
 
     tasks: tuple[Task, ...]
     unreadable: tuple[str, ...]
     unreferenced: tuple[str, ...]
     miscounted: tuple[str, ...]
+    mislisted: tuple[str, ...]
+    unreadable_keys: tuple[str, ...]
 
 
 class Subscription(Protocol):
@@ -52,13 +61,44 @@ class Subscription(Protocol):
         """Return at the next change, or after so many seconds."""
 
 
+class KeyStore(Protocol):
+    """API keys, the revoked ones too, so that none comes back.
+
+    Every method raises StoreUnavailableError when the store does not answer.
+    """
+
+    async def get(self, key_id: str) -> ApiKey:
+        """The key now.
+
+        Raises:
+            UnknownKeyError: no key of this id.
+        """
+
+    async def list(self) -> list[ApiKey]:
+        """Every key, by tenant and age."""
+
+    async def change(self, key_id: str, step: Callable[[ApiKey | None], ApiKey]) -> ApiKey:
+        """Make of a key, None where there is none, what `step` says; what it raises is raised.
+
+        Args:
+            step: called again when another change came in between.
+        """
+
+
 class PrefixStore(Protocol):
     """Tasks and the artefacts they point at. Equal artefacts are kept once.
+
+    A task's name here is `task_id.stored_name`'s: which tenants there are, and who may do what, is
+    for others to know.
 
     Every change of a task is whole or not at all, and seen whole. Every method raises
     StoreUnavailableError when the store does not answer. Methods that change a task take a
     condition on its active version and raise PreconditionFailedError where it does not hold.
     """
+
+    @property
+    def keys(self) -> KeyStore:
+        """The API keys, in the same store and the same log of changes."""
 
     async def put(
         self,
@@ -74,7 +114,7 @@ class PrefixStore(Protocol):
             activate: make it the active one and end a split; else the task must exist.
 
         Raises:
-            InvalidTaskIdError: `check_task_id` refuses the name.
+            InvalidTaskIdError: `check_stored_name` refuses the name.
             UnknownTaskError: no task of this name, and `activate` is false.
         """
 
@@ -87,7 +127,7 @@ class PrefixStore(Protocol):
             artefacts: one of each version that it keeps.
 
         Raises:
-            InvalidTaskIdError: `check_task_id` refuses the name.
+            InvalidTaskIdError: `check_stored_name` refuses the name.
         """
 
     async def activate(self, task_id: str, version: str, condition: Condition = ALWAYS) -> Task:
@@ -122,6 +162,16 @@ class PrefixStore(Protocol):
             UnknownTaskError: no task of this name.
         """
 
+    async def share(
+        self, task_id: str, tenants: Sequence[str], condition: Condition = ALWAYS
+    ) -> Task:
+        """Let these tenants use the task and no others; `public` is all, nothing is none.
+
+        Raises:
+            UnknownTaskError: no task of this name.
+            InvalidTenantError
+        """
+
     async def delete_version(
         self, task_id: str, version: str, condition: Condition = ALWAYS
     ) -> Task:
@@ -146,8 +196,11 @@ class PrefixStore(Protocol):
             UnknownTaskError: no task of this name.
         """
 
-    async def list(self) -> list[Task]:
-        """Every task, by name."""
+    async def list(self, tenant: str | None = None) -> list[Task]:
+        """Every task, or every task of a tenant, by name."""
+
+    async def shared(self) -> Mapping[str, frozenset[str]]:
+        """The tenants that each shared task is shared with; `public` is all."""
 
     async def size(self, version: str) -> int:
         """Bytes of the artefact.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from prefix_store.errors import (
@@ -13,6 +13,8 @@ from prefix_store.errors import (
     VersionConflictError,
 )
 from prefix_store.groups import DECODER, Group
+from prefix_store.task_id import owner_and_name
+from prefix_store.tenant import PUBLIC, check_tenant
 
 WHOLE = 100  # percent
 
@@ -22,6 +24,7 @@ class TaskRecord:
     """A task at one of its versions.
 
     Attributes:
+        task_id: what the store calls it.
         version: `sha256:` and the hex digest of the artefact's bytes.
         prefix_length: positions the prefix takes.
         nbytes: size of the artefact in bytes.
@@ -40,6 +43,11 @@ class TaskRecord:
     created_at: float
     groups: tuple[Group, ...] = (DECODER,)
 
+    @property
+    def name(self) -> str:
+        """What its tenant calls it."""
+        return owner_and_name(self.task_id)[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -54,11 +62,13 @@ class Task:
     """A task with its versions.
 
     Attributes:
+        task_id: what the store calls it.
         version: the active one.
         versions: those kept, the last uploaded first.
         history: kept versions that were active before, the latest first: where `rolled_back` goes.
         split: shares of the requests, adding to 100; empty when all go to `version`.
         pinned: keep what its requests use loaded on every server.
+        shared_with: the other tenants that may use it, by name; only `public` for all.
     """
 
     task_id: str
@@ -67,6 +77,12 @@ class Task:
     history: tuple[str, ...] = ()
     split: tuple[Share, ...] = ()
     pinned: bool = False
+    shared_with: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What its tenant calls it."""
+        return owner_and_name(self.task_id)[1]
 
     @property
     def served(self) -> tuple[TaskRecord, ...]:
@@ -90,8 +106,8 @@ class Task:
             if record.version == version:
                 return record
         raise UnknownVersionError(
-            f"task {self.task_id!r} keeps no version {version[:80]!r}; see those it keeps under "
-            f"/admin/tasks/{self.task_id}/versions"
+            f"task {self.name!r} keeps no version {version[:80]!r}; see those it keeps under "
+            f"/admin/tasks/{self.name}/versions"
         )
 
     def chosen(self, user: str | None) -> TaskRecord:
@@ -147,7 +163,7 @@ def rolled_back(task: Task) -> Task:
     """
     if not task.history:
         raise VersionConflictError(
-            f"task {task.task_id!r} keeps no version that was active before {task.version}; "
+            f"task {task.name!r} keeps no version that was active before {task.version}; "
             "activate one by its name"
         )
     version, *history = task.history
@@ -174,6 +190,21 @@ def divided(task: Task, shares: Mapping[str, int]) -> Task:
     return replace(task, split=tuple(Share(*share) for share in shares.items()))
 
 
+def shared(task: Task, tenants: Iterable[str]) -> Task:
+    """With these tenants allowed to use it, and no others; `public` is all of them.
+
+    Raises:
+        InvalidTenantError
+    """
+    wanted = set(tenants)
+    for tenant in wanted - {PUBLIC}:
+        check_tenant(tenant)
+    if PUBLIC in wanted:
+        wanted = {PUBLIC}
+    wanted.discard(owner_and_name(task.task_id)[0])
+    return replace(task, shared_with=tuple(sorted(wanted)))
+
+
 def without(task: Task, version: str) -> Task:
     """Without one version.
 
@@ -184,13 +215,12 @@ def without(task: Task, version: str) -> Task:
     task.at(version)
     if version == task.version:
         raise VersionConflictError(
-            f"version {version} is the active one of task {task.task_id!r}; activate another "
+            f"version {version} is the active one of task {task.name!r}; activate another "
             "first, or delete the task"
         )
     if any(share.version == version for share in task.split):
         raise VersionConflictError(
-            f"version {version} has a share of task {task.task_id!r}'s requests; end the split "
-            "first"
+            f"version {version} has a share of task {task.name!r}'s requests; end the split first"
         )
     return _keeping(task, {kept.version for kept in task.versions} - {version})
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
-DEFAULT_TENANT = "default"
+from prefix_store.api_key import Scope
+from prefix_store.tenant import DEFAULT_TENANT
 
-
-class Scope(StrEnum):
-    """What a key allows."""
-
-    GENERATE = "generate"
-    ADMIN = "admin"
-    METRICS = "metrics"
+__all__ = ["ANYBODY", "Caller", "Scope"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +27,12 @@ class Caller:
     def is_operator(self) -> bool:
         """Whether they run the server: an administrator of the default tenant."""
         return self.tenant == DEFAULT_TENANT and Scope.ADMIN in self.scopes
+
+    def may(self, scope: Scope) -> bool:
+        """Whether they may do what needs the scope; metrics tell of every tenant."""
+        if scope is Scope.METRICS:
+            return self.is_operator or (self.tenant == DEFAULT_TENANT and scope in self.scopes)
+        return scope in self.scopes
 
 
 ANYBODY = Caller(DEFAULT_TENANT, None, frozenset(Scope))

@@ -13,6 +13,10 @@ class InvalidRequestError(ServerError):
     """The request cannot be carried out as it is."""
 
 
+class AuthenticationError(ServerError):
+    """The request comes without an API key that is good."""
+
+
 class ForbiddenError(ServerError):
     """The caller may not do this."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from prefix_store.errors import CorruptArtefactError, UnknownVersionError
 from prefix_store.prefix import SOURCE
 from prefix_store.task import TaskRecord
+from prefix_store.task_id import name_for
 from server import structured_output
 from server.accounting.account import Accounting, SequenceAccount
 from server.callers import Caller
@@ -48,7 +49,7 @@ class GenerationJob:
     """What one call asks for: every input generated in the same way.
 
     Attributes:
-        task_id: whose prefix to use; None for the bare base model.
+        task_id: whose prefix to use, as the caller calls it; None for the bare base model.
         caller: who asks.
         sampling: its `max_new_tokens` and `seed` are replaced by those below.
         user: whoever it is for; gets the same version of a split task each time.
@@ -79,7 +80,8 @@ class Usage:
     """What a sequence was generated from.
 
     Attributes:
-        task_id, version: the prefix used; None for the bare base model.
+        task_id, version: the prefix used, the task as the caller calls it; None for the bare base
+            model.
         prefix_tokens, prompt_tokens: positions taken before the first generated token.
         seed: what sampling was seeded with; None for greedy decoding.
     """
@@ -238,7 +240,7 @@ class Generator:
             (text, request) for text, first in prompts for request in _samples(first, job.samples)
         ]
         await account.reserve([_most_tokens(request) for _, request in requests])
-        label = self._metrics.tasks.known(job.task_id)
+        label = self._metrics.tasks.known(None if record is None else record.task_id)
         generations = []
         for position, (prompt_text, request) in enumerate(requests):
             stream = self._engine.submit(replace(request, weight=account.weight))
@@ -247,7 +249,7 @@ class Generator:
             stack.callback(clock.ended)
             if record is not None and split:
                 clock.compare(self._metrics.splits.started(label, record.version))
-            usage = _usage(request, record)
+            usage = _usage(request, job.caller, record)
             # The samples of one prompt count it once, as clients are told.
             counts = (usage.prompt_tokens, usage.prefix_tokens)
             read = counts if position % job.samples == 0 else (0, 0)
@@ -277,7 +279,7 @@ class Generator:
         if job.task_id is None:
             return None, False
         for anew in (False, True):  # its version may have been dropped since it was looked up
-            task = await self._tasks.resolve(job.task_id, anew=anew)
+            task = await self._tasks.resolve(job.caller.tenant, job.task_id, anew=anew)
             record = task.chosen(job.user)
             started = time.time_ns()
             try:
@@ -384,9 +386,9 @@ def _most_tokens(request: GenerationRequest) -> int:
     return len(request.prompt_ids) + request.sampling.max_new_tokens
 
 
-def _usage(request: GenerationRequest, record: TaskRecord | None) -> Usage:
+def _usage(request: GenerationRequest, caller: Caller, record: TaskRecord | None) -> Usage:
     return Usage(
-        task_id=None if record is None else record.task_id,
+        task_id=None if record is None else name_for(caller.tenant, record.task_id),
         version=None if record is None else record.version,
         prefix_tokens=0 if record is None else record.prefix_length,
         prompt_tokens=len(request.prompt_ids),

@@ -179,6 +179,7 @@ class Metrics:
             "task",
             "status",
         )
+        self.refused_keys = make.counter("refused_keys", "Requests without an API key that is good")
         self.prompt_tokens = make.counter("prompt_tokens", "Tokens of prompts", "task")
         self.generated_tokens = make.counter("generated_tokens", "Tokens generated", "task")
         self.splits = SplitMetrics(make, max_tasks)

@@ -47,13 +47,12 @@ class Pins:
         Raises:
             PinsFullError
         """
-        pinned = self._served(self._tasks.values())
         wanted = self._served((*self._tasks.values(), task))
         size, most = self._nbytes(wanted), self._prefixes.max_bytes
         if size > most:
             raise PinsFullError(
-                f"pinning task {task.task_id!r} needs {size - self._nbytes(pinned)} bytes; "
-                f"{self._nbytes(pinned)} of the {most} for prefixes are pinned already; unpin "
+                f"task {task.name!r} needs {self._nbytes(self._served([task]))} bytes and does not "
+                f"fit into the {most} for prefixes beside those that are pinned already; unpin "
                 "another task, or raise --prefix-cache-bytes"
             )
 

@@ -16,6 +16,7 @@ import torch
 import uvicorn
 import uvloop
 
+from prefix_store.data_dir import admin_key_file
 from prefix_store.errors import PrefixStoreError
 from prefix_store.model_loading import LoadedModel, default_device, default_dtype, load_base_model
 from server.api.request_log import RequestLog
@@ -170,6 +171,16 @@ async def _announce(services: Services, address: str) -> None:
         f"\nprefixserve {VERSION} serves {services.engine.spec.name} at {address}\n"
         f"Every field and an example: {address}/docs\n\n"
         f"Try it:\n  curl {address}/generate -H 'Content-Type: application/json' "
+        f"{_authorization(services.settings)}"
         f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}\n\n"
     )
     sys.stdout.flush()
+
+
+def _authorization(settings: Settings) -> str:
+    """The part of a curl command that brings the key."""
+    if not settings.auth:
+        return ""
+    path = admin_key_file(settings.data_dir)
+    key = f"$(cat {shlex.quote(str(path))})" if path.exists() else "$PREFIXSERVE_API_KEY"
+    return f'-H "Authorization: Bearer {key}" '

@@ -8,8 +8,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from prefix_store.admin_key import ensure_admin_key
 from prefix_store.collector import collecting
-from prefix_store.directory import TaskDirectory
+from prefix_store.directory import Directory
 from prefix_store.errors import IncompatiblePrefixError
 from prefix_store.model_loading import LoadedModel
 from prefix_store.opening import opened_store
@@ -17,10 +18,12 @@ from prefix_store.redis_store.durability import Wait
 from server.accounting.account import Accounting
 from server.accounting.running import running_accounting
 from server.audit import AuditLog
+from server.authentication import Authenticate, Authenticator, anybody
 from server.demo_tasks import DEMO_TASKS
 from server.engine.native import NativeEngine
 from server.engine.protocol import Engine, EngineConfig
 from server.generation import Generator
+from server.keys import KeyService
 from server.metrics import Metrics
 from server.pins import Pins
 from server.residency import ResidentPrefixes
@@ -40,6 +43,8 @@ class Services:
     settings: Settings
     engine: Engine
     tasks: TaskService
+    keys: KeyService
+    authenticate: Authenticate
     generator: Generator
     tokenizer: TextTokenizer
     metrics: Metrics
@@ -59,7 +64,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
     """Open the store, the engine and the cache; close them in reverse, also on failure.
 
     Raises:
-        StoreUnavailableError, ModelLoadError: the server cannot start so.
+        StoreUnavailableError, AdminKeyError, ModelLoadError: the server cannot start so.
     """
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(
@@ -71,6 +76,8 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
                 wait=Wait(settings.store_wait_replicas, settings.store_wait_aof),
             )
         )
+        if settings.auth:
+            await ensure_admin_key(store.keys, settings.data_dir)
         metrics = Metrics(settings.max_metric_tasks)
         tokenizer = TextTokenizer(loaded.tokenizer)
         config = EngineConfig(
@@ -97,7 +104,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
         stack.push_async_callback(prefixes.close)
         pins = Pins(store, prefixes)
         stack.push_async_callback(pins.close)
-        directory = TaskDirectory(
+        directory = Directory(
             store,
             lookup_seconds=settings.store_timeout_seconds,
             on_connected=metrics.store_connected.set,
@@ -117,6 +124,8 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
             settings=settings,
             engine=engine,
             tasks=tasks,
+            keys=KeyService(store.keys, directory.keys),
+            authenticate=Authenticator(directory.keys) if settings.auth else anybody,
             generator=Generator(
                 engine,
                 tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +16,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from prefix_store.data_dir import DEFAULT_DATA_DIR
 from prefix_store.model_loading import DEFAULT_MODEL
-from prefix_store.opening import DEFAULT_DATA_DIR
 from prefix_store.redis_store.connecting import URL_PATTERN
 from server.engine.protocol import Quantize
 from server.errors import StartupError
@@ -57,8 +58,14 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
 
+    auth: bool = True
+    """Ask every request for an API key; without, everybody may do everything."""
+
+    allow_unauthenticated: bool = False
+    """Take requests from other machines without authentication, too; see --no-auth."""
+
     data_dir: Path = DEFAULT_DATA_DIR
-    """Where everything the server keeps is: the embedded store and the converted model."""
+    """Where the server keeps everything: the embedded store, the admin key, the converted model."""
 
     model: str = Field(default=DEFAULT_MODEL, min_length=1)
     """The base model: a Hugging Face id, a folder, a .gguf file, or smollm2-135m."""
@@ -204,10 +211,11 @@ def load_settings(argv: list[str]) -> Settings:
     """Settings of a command line; `--help` prints them all and exits.
 
     Raises:
-        StartupError: a setting is unknown or out of its bounds.
+        StartupError: a setting is unknown or out of its bounds, or the server would be open to
+            everybody.
     """
     try:
-        return CliApp.run(Settings, cli_args=argv)
+        settings = CliApp.run(Settings, cli_args=argv)
     except SettingsError as error:
         raise StartupError(str(error)) from error
     except ValidationError as error:
@@ -218,3 +226,16 @@ def load_settings(argv: list[str]) -> Settings:
             f"setting {name} (--{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()}): "
             f"{first['msg']}{shown}"
         ) from error
+    if not (settings.auth or settings.allow_unauthenticated or _is_loopback(settings.host)):
+        raise StartupError(
+            f"--no-auth with --host {settings.host} lets everybody on the network do everything; "
+            "leave --no-auth out, listen on 127.0.0.1, or say --allow-unauthenticated"
+        )
+    return settings
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

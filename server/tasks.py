@@ -1,22 +1,22 @@
-"""Tasks: upload, look up, change and delete."""
+"""Tasks: upload, look up, change, share and delete."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
-from prefix_store.directory import TaskDirectory
-from prefix_store.errors import StoreUnavailableError
+from prefix_store.directory import Directory
+from prefix_store.errors import StoreUnavailableError, UnknownTaskError
 from prefix_store.groups import DECODER
 from prefix_store.prefix import Prefix
 from prefix_store.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
 from prefix_store.task import Task, TaskRecord
-from prefix_store.task_id import check_task_id
+from prefix_store.task_id import check_stored_name, name_for, owner_and_name, stored_name
 from prefix_store.tensor_file import Buffer
 from prefix_store.upload import read_upload
 from prefix_store.validate import check_fits
@@ -29,12 +29,12 @@ from server.tokenization import TextTokenizer
 
 
 class TaskService:
-    """What the routes ask about tasks."""
+    """What the routes ask about tasks; a `task_id` is a name of the store's (`stored_name`)."""
 
     def __init__(
         self,
         store: PrefixStore,
-        directory: TaskDirectory,
+        directory: Directory,
         engine: Engine,
         tokenizer: TextTokenizer,
         metrics: Metrics,
@@ -74,7 +74,7 @@ class TaskService:
             PreconditionFailedError, EngineFailedError, StoreUnavailableError: nothing is stored
             then.
         """
-        check_task_id(task_id)
+        check_stored_name(task_id)
         upload = await asyncio.to_thread(self._read_upload, files)
         artefact = await self._compute(upload) if isinstance(upload, SoftPrompt) else upload
         return await self._put(task_id, artefact, activate, condition)
@@ -89,7 +89,7 @@ class TaskService:
             PreconditionFailedError, EngineFailedError, StoreUnavailableError: nothing is stored
             then.
         """
-        check_task_id(task_id)
+        check_stored_name(task_id)
         token_ids = await self._tokenizer.encode(text)
         longest = self._prefixes.max_prefix_length
         if not 1 <= len(token_ids) <= longest:
@@ -106,20 +106,20 @@ class TaskService:
             UnknownTaskError, StoreUnavailableError
         """
         async with self._counted():
-            return await self._store.get(check_task_id(task_id))
+            return await self._store.get(task_id)
 
     def read(self, version: str, start: int, stop: int) -> AsyncGenerator[bytes]:
         """See `PrefixStore.stream`."""
         return self._store.stream(version, start, stop)
 
-    async def list(self) -> list[Task]:
-        """Every task, by name.
+    async def list(self, tenant: str | None = None) -> list[Task]:
+        """Every task, or every task of a tenant, by name.
 
         Raises:
             StoreUnavailableError
         """
         async with self._counted():
-            return await self._store.list()
+            return await self._store.list(tenant)
 
     async def activate(self, task_id: str, version: str, condition: Condition = ALWAYS) -> Task:
         """See `PrefixStore.activate`."""
@@ -154,6 +154,29 @@ class TaskService:
         async with self._changing(task_id):
             return await self._store.pin(task_id, False, condition)
 
+    async def share(
+        self, task_id: str, tenants: Sequence[str], condition: Condition = ALWAYS
+    ) -> Task:
+        """See `PrefixStore.share`; here it holds at once, on every server within a second."""
+        async with self._changing(task_id):
+            task = await self._store.share(task_id, tenants, condition)
+            with suppress(StoreUnavailableError):  # then it holds when the store is back
+                await self._directory.catch_up()
+            return task
+
+    async def usable(self, tenant: str) -> dict[str, Task]:
+        """The tasks that a tenant may use, by what it calls them: its own and those shared.
+
+        Raises:
+            StoreUnavailableError
+        """
+        found = {task.name: task for task in await self.list(tenant)}
+        for task_id in self._directory.shared_with(tenant):
+            name = name_for(tenant, task_id)
+            with suppress(UnknownTaskError):
+                found.setdefault(name, await self.resolve(tenant, name))
+        return found
+
     async def delete_version(
         self, task_id: str, version: str, condition: Condition = ALWAYS
     ) -> Task:
@@ -166,19 +189,29 @@ class TaskService:
         async with self._changing(task_id):
             await self._store.delete(task_id, condition)
 
-    async def resolve(self, task_id: str, *, anew: bool = False) -> Task:
-        """The task for a new request; as last known while the store is away.
+    async def resolve(self, tenant: str, name: str, *, anew: bool = False) -> Task:
+        """The task that a tenant calls so, for a new request; as last known without the store.
+
+        What is another tenant's and not shared is answered like what does not exist, without a
+        look at the one or the other.
 
         Args:
             anew: the store no longer has what was last known.
 
         Raises:
-            UnknownTaskError, StoreUnavailableError
+            InvalidTaskIdError, UnknownTaskError, StoreUnavailableError
         """
+        task_id = stored_name(tenant, name)
+        is_own = owner_and_name(task_id)[0] == tenant
+        if not is_own and not self._directory.is_shared(task_id, tenant):
+            raise UnknownTaskError.named(name)
         if anew:
-            self._directory.forget(task_id)
+            self._directory.tasks.forget(task_id)
         async with self._counted():
-            return await self._directory.get(check_task_id(task_id))
+            try:
+                return await self._directory.tasks.get(task_id)
+            except UnknownTaskError:
+                raise UnknownTaskError.named(name) from None
 
     async def _compute(self, prompt: tuple[int, ...] | SoftPrompt) -> Artefact:
         started = time.perf_counter()
@@ -203,12 +236,11 @@ class TaskService:
     @asynccontextmanager
     async def _changing(self, task_id: str) -> AsyncIterator[None]:
         """See to it that this server serves the change from now on."""
-        check_task_id(task_id)
         async with self._counted():
             try:
                 yield
             finally:
-                self._directory.forget(task_id)
+                self._directory.tasks.forget(task_id)
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:

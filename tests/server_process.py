@@ -15,6 +15,8 @@ from pathlib import Path
 
 import httpx
 
+from prefix_store.data_dir import admin_key_file
+
 READY_SECONDS = 120
 
 
@@ -26,11 +28,23 @@ class ServerProcess:
         url: where it listens.
         process: its process; killed at the end of the test if it still runs.
         log: the file its output goes to.
+        data_dir: where the admin key is.
     """
 
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    data_dir: Path
+
+    @property
+    def key(self) -> str:
+        """The API key of its operator."""
+        return admin_key_file(self.data_dir).read_text().strip()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request of its operator carries."""
+        return {"Authorization": f"Bearer {self.key}"}
 
     def stop(self, timeout: float = 60) -> int:
         """SIGTERM, and the exit code."""
@@ -58,7 +72,7 @@ def running_server(model: str | Path, data_dir: Path, *flags: str) -> Iterator[S
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    server = ServerProcess(f"http://127.0.0.1:{port}", process, log)
+    server = ServerProcess(f"http://127.0.0.1:{port}", process, log, data_dir)
     try:
         wait_until_ready(server)
         yield server

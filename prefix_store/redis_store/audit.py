@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from prefix_store.errors import StoreUnavailableError
 from prefix_store.redis_store import layout
-from prefix_store.redis_store.layout import task_from_json
+from prefix_store.redis_store.layout import key_from_json, sharing_to_json, task_from_json
 from prefix_store.store import Audit
 from prefix_store.task import Task
 
@@ -44,6 +44,8 @@ async def audit(client: Redis) -> Audit:
         unreadable=tuple(unreadable),
         unreferenced=_names(extra | lost),
         miscounted=() if unreadable else _names(wrong),
+        mislisted=tuple(name for name in _mislisted(tasks, books.shared) if name not in unreadable),
+        unreadable_keys=await _unreadable_keys(client),
     )
 
 
@@ -52,6 +54,7 @@ class _Books:
     tasks: Mapping[bytes, bytes]
     blobs: Mapping[bytes, bytes]
     users: Mapping[bytes, bytes]
+    shared: Mapping[bytes, bytes]
 
 
 async def _books(client: Redis) -> _Books:
@@ -62,6 +65,7 @@ async def _books(client: Redis) -> _Books:
             await _hash(client, layout.TASKS),
             await _hash(client, layout.BLOBS),
             await _hash(client, layout.USERS),
+            await _hash(client, layout.SHARED),
         )
         after = await client.get(layout.REVISION)
         if after == before:
@@ -84,6 +88,24 @@ def _parsed(texts: Mapping[bytes, bytes]) -> tuple[list[Task], list[str]]:
         except (ValueError, KeyError, TypeError):
             unreadable.append(task_id)
     return tasks, unreadable
+
+
+def _mislisted(tasks: list[Task], listed: Mapping[bytes, bytes]) -> tuple[str, ...]:
+    right = {
+        task.task_id.encode(): sharing_to_json(task).encode() for task in tasks if task.shared_with
+    }
+    names = right.keys() | listed.keys()
+    return _names({name for name in names if right.get(name) != listed.get(name)})
+
+
+async def _unreadable_keys(client: Redis) -> tuple[str, ...]:
+    unreadable = set()
+    for name, text in (await _hash(client, layout.KEYS)).items():
+        try:
+            key_from_json(name.decode(errors="replace"), text)
+        except (ValueError, KeyError, TypeError):
+            unreadable.add(name)
+    return _names(unreadable)
 
 
 async def _lost_blobs(client: Redis) -> set[bytes]:

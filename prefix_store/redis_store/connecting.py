@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
@@ -11,8 +13,12 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import RedisClusterException, RedisError
+
+from prefix_store.errors import StoreUnavailableError
 
 URL_PATTERN = r"^(unix|rediss?(\+(cluster|sentinel))?)://"
+FAILURES = (RedisError, RedisClusterException, OSError)
 _MAX_CONNECTIONS = 32
 _RETRIES = 3
 _PORTS = {"cluster": 6379, "sentinel": 26379}
@@ -34,6 +40,20 @@ class Connected:
     timeout: float
     sentinel: Sentinel | None = None
     url: str = field(default="", repr=False)
+
+    @asynccontextmanager
+    async def reaching(self) -> AsyncIterator[None]:
+        """A block that talks to the server.
+
+        Raises:
+            StoreUnavailableError: in place of whatever the client raises.
+        """
+        try:
+            yield
+        except FAILURES as error:
+            raise StoreUnavailableError(
+                f"the prefix store at {self.address} does not answer: {error}"
+            ) from error
 
     async def close(self) -> None:
         """Close every connection."""

@@ -4,6 +4,8 @@ Everything that changes together has the hash tag `{prefixserve}`, so that a clu
 one node; the chunks of a blob share a tag of their own, so that blobs spread over the nodes.
 
     {prefixserve}:tasks      hash    task_id -> the task as JSON
+    {prefixserve}:shared   hash    task_id -> the tenants that it is shared with, as JSON
+    {prefixserve}:keys     hash    key id of an API key -> what is kept of it, as JSON
     {prefixserve}:blobs      hash    version -> name of the blob with its bytes
     {prefixserve}:users      hash    version -> how many tasks keep it
     {prefixserve}:pending    zset    name of a blob that is being written -> unix time it expires
@@ -23,11 +25,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from prefix_store.api_key import ApiKey, Scope
 from prefix_store.groups import DECODER
 from prefix_store.task import Share, Task, TaskRecord
 
 _TAG = "{prefixserve}"
 TASKS = f"{_TAG}:tasks"
+SHARED = f"{_TAG}:shared"
+KEYS = f"{_TAG}:keys"
 BLOBS = f"{_TAG}:blobs"
 USERS = f"{_TAG}:users"
 PENDING = f"{_TAG}:pending"
@@ -102,6 +107,7 @@ def task_to_json(task: Task) -> str:
         "history": task.history,
         "split": [[share.version, share.percent] for share in task.split],
         "pinned": task.pinned,
+        "shared_with": task.shared_with,
         "change": uuid.uuid4().hex,
     }
     return json.dumps(stored)
@@ -117,7 +123,33 @@ def task_from_json(task_id: str, text: bytes) -> Task:
         history=tuple(stored["history"]),
         split=tuple(Share(*share) for share in stored["split"]),
         pinned=stored["pinned"],
+        shared_with=tuple(stored.get("shared_with", ())),
     )
+
+
+def sharing_to_json(task: Task | None) -> str:
+    """With whom the task is shared, as it is listed; empty for a task that is not."""
+    return json.dumps(task.shared_with) if task is not None and task.shared_with else ""
+
+
+def sharing_from_json(text: bytes) -> frozenset[str]:
+    """Read `sharing_to_json` back."""
+    return frozenset(json.loads(text))
+
+
+def key_to_json(key: ApiKey) -> str:
+    """A key as it is stored. No two calls give the same text, so a text names one change."""
+    fields = asdict(key) | {"scopes": sorted(key.scopes), "change": uuid.uuid4().hex}
+    del fields["key_id"]
+    return json.dumps(fields)
+
+
+def key_from_json(key_id: str, text: bytes) -> ApiKey:
+    """Read `key_to_json` back."""
+    stored = json.loads(text)
+    del stored["change"]
+    scopes = frozenset(map(Scope, stored.pop("scopes")))
+    return ApiKey(key_id=key_id, scopes=scopes, **stored)
 
 
 def _record(task_id: str, fields: dict[str, Any]) -> TaskRecord:

@@ -10,18 +10,19 @@ from typing import cast
 from urllib.parse import urlsplit
 
 from redis.asyncio.client import PubSub
-from redis.exceptions import RedisClusterException, RedisError
 
 from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
-from prefix_store.errors import PrefixStoreError, StoreUnavailableError
+from prefix_store.errors import PrefixStoreError, UnknownTaskError
 from prefix_store.redis_store import layout
 from prefix_store.redis_store.audit import audit
 from prefix_store.redis_store.blobs import Blobs, CondemnedError
-from prefix_store.redis_store.connecting import Connected, connect
+from prefix_store.redis_store.commits import Commits
+from prefix_store.redis_store.connecting import FAILURES, Connected, connect
 from prefix_store.redis_store.durability import NO_WAIT, Wait, risks
+from prefix_store.redis_store.keys import RedisKeyStore
 from prefix_store.redis_store.layout import Blob
-from prefix_store.redis_store.tasks import Tasks, unknown
+from prefix_store.redis_store.tasks import Tasks
 from prefix_store.store import Audit, Changes, Subscription
 from prefix_store.task import (
     Task,
@@ -30,14 +31,14 @@ from prefix_store.task import (
     created,
     divided,
     rolled_back,
+    shared,
     uploaded,
     without,
 )
-from prefix_store.task_id import check_task_id
+from prefix_store.task_id import check_stored_name, owner_and_name
 
 KEEP_VERSIONS = 5
 UPLOAD_SECONDS = 900
-_FAILURES = (RedisError, RedisClusterException, OSError)
 
 
 class RedisPrefixStore:
@@ -63,7 +64,9 @@ class RedisPrefixStore:
         self._client = client = connected.client
         self._wait = wait
         self._keep_versions = keep_versions
-        self._tasks = Tasks(client)
+        self._commits = Commits(client)
+        self._tasks = Tasks(client, self._commits)
+        self._keys = RedisKeyStore(connected, self._commits, wait)
         self._blobs = Blobs(client, upload_seconds, chunk_bytes)
 
     @classmethod
@@ -96,6 +99,11 @@ class RedisPrefixStore:
         )
 
     @property
+    def keys(self) -> RedisKeyStore:
+        """See `PrefixStore.keys`."""
+        return self._keys
+
+    @property
     def connection(self) -> Connected:
         """How it reaches the server, for what else is kept there."""
         return self._connected
@@ -109,17 +117,17 @@ class RedisPrefixStore:
         condition: Condition = ALWAYS,
     ) -> TaskRecord:
         """See `PrefixStore.put`."""
-        record = artefact.record(check_task_id(task_id), time.time())
+        record = artefact.record(check_stored_name(task_id), time.time())
 
         def step(task: Task | None) -> Task:
-            condition.check(task_id, None if task is None else task.version)
+            condition.check(owner_and_name(task_id)[1], None if task is None else task.version)
             if task is not None:
                 return uploaded(task, record, activate=activate, keep=self._keep_versions)
             if not activate:
-                raise unknown(task_id)
+                raise UnknownTaskError.named(owner_and_name(task_id)[1])
             return created(record)
 
-        async with self._reaching():
+        async with self._connected.reaching():
             step((await self._tasks.snapshot(task_id)).task)  # before any byte is written
             await self._publish(task_id, [artefact], step)
         return record
@@ -128,13 +136,13 @@ class RedisPrefixStore:
         self, task: Task, artefacts: Sequence[Artefact], condition: Condition = ALWAYS
     ) -> None:
         """See `PrefixStore.restore`."""
-        check_task_id(task.task_id)
+        check_stored_name(task.task_id)
 
         def step(found: Task | None) -> Task:
-            condition.check(task.task_id, None if found is None else found.version)
+            condition.check(task.name, None if found is None else found.version)
             return task
 
-        async with self._reaching():
+        async with self._connected.reaching():
             await self._publish(task.task_id, artefacts, step)
 
     async def activate(self, task_id: str, version: str, condition: Condition = ALWAYS) -> Task:
@@ -155,6 +163,12 @@ class RedisPrefixStore:
         """See `PrefixStore.pin`."""
         return await self._change(task_id, lambda task: replace(task, pinned=pinned), condition)
 
+    async def share(
+        self, task_id: str, tenants: Sequence[str], condition: Condition = ALWAYS
+    ) -> Task:
+        """See `PrefixStore.share`."""
+        return await self._change(task_id, lambda task: shared(task, tenants), condition)
+
     async def delete_version(
         self, task_id: str, version: str, condition: Condition = ALWAYS
     ) -> Task:
@@ -167,68 +181,76 @@ class RedisPrefixStore:
         def step(task: Task | None) -> None:
             _check_exists(task_id, task, condition)
 
-        async with self._reaching():
+        async with self._connected.reaching():
             await self._tasks.change(task_id, step)
             await self._confirm()
             await self._tidy()
 
     async def get(self, task_id: str) -> Task:
         """See `PrefixStore.get`."""
-        async with self._reaching():
+        async with self._connected.reaching():
             return await self._tasks.get(task_id)
 
-    async def list(self) -> list[Task]:
+    async def list(self, tenant: str | None = None) -> list[Task]:
         """See `PrefixStore.list`."""
-        async with self._reaching():
-            return await self._tasks.list()
+        async with self._connected.reaching():
+            return await self._tasks.list(tenant)
+
+    async def shared(self) -> dict[str, frozenset[str]]:
+        """See `PrefixStore.shared`."""
+        async with self._connected.reaching():
+            return await self._tasks.shared()
 
     async def size(self, version: str) -> int:
         """See `PrefixStore.size`."""
-        async with self._reaching():
+        async with self._connected.reaching():
             return (await self._blobs.stored(version)).nbytes
 
     async def read(self, version: str) -> bytearray:
         """See `PrefixStore.read`."""
-        async with self._reaching():
+        async with self._connected.reaching():
             return await self._blobs.read(version)
 
     async def stream(self, version: str, start: int, stop: int) -> AsyncGenerator[bytes]:
         """See `PrefixStore.stream`."""
-        async with self._reaching(), aclosing(self._blobs.stream(version, start, stop)) as pieces:
+        async with (
+            self._connected.reaching(),
+            aclosing(self._blobs.stream(version, start, stop)) as pieces,
+        ):
             async for piece in pieces:
                 yield piece
 
     async def changes(self, since: str | None) -> Changes:
         """See `PrefixStore.changes`."""
-        async with self._reaching():
-            return await self._tasks.changes(since)
+        async with self._connected.reaching():
+            return await self._commits.changes(since)
 
     @asynccontextmanager
     async def subscribe(self) -> AsyncIterator[Subscription]:
         """See `PrefixStore.subscribe`."""
         async with self._client.pubsub() as pubsub:
-            async with self._reaching():
+            async with self._connected.reaching():
                 await pubsub.subscribe(layout.CHANGED)
-            yield _Subscription(pubsub, self._reaching)
+            yield _Subscription(pubsub, self._connected.reaching)
 
     async def collect(self) -> int:
         """See `PrefixStore.collect`."""
-        async with self._reaching():
+        async with self._connected.reaching():
             return await self._blobs.collect()
 
     async def audit(self) -> Audit:
         """See `PrefixStore.audit`."""
-        async with self._reaching():
+        async with self._connected.reaching():
             return await audit(self._client)
 
     async def ping(self) -> None:
         """See `PrefixStore.ping`."""
-        async with self._reaching():
+        async with self._connected.reaching():
             await self._client.ping()
 
     async def risks(self) -> tuple[str, ...]:
         """What the server's settings could lose, in words for its operator."""
-        async with self._reaching():
+        async with self._connected.reaching():
             return await risks(self._client)
 
     async def close(self) -> None:
@@ -265,7 +287,7 @@ class RedisPrefixStore:
         def step(task: Task | None) -> Task:
             return change(_check_exists(task_id, task, condition))
 
-        async with self._reaching():
+        async with self._connected.reaching():
             task = await self._tasks.change(task_id, step)
             await self._confirm()
             await self._tidy()
@@ -276,17 +298,8 @@ class RedisPrefixStore:
 
     async def _tidy(self) -> None:
         """Delete what a change left over; where that fails it stays for `collect`."""
-        with suppress(*_FAILURES):
+        with suppress(*FAILURES):
             await self._blobs.collect()
-
-    @asynccontextmanager
-    async def _reaching(self) -> AsyncIterator[None]:
-        try:
-            yield
-        except _FAILURES as error:
-            raise StoreUnavailableError(
-                f"the prefix store at {self._connected.address} does not answer: {error}"
-            ) from error
 
 
 class _Subscription:
@@ -305,7 +318,7 @@ class _Subscription:
 
 
 def _check_exists(task_id: str, task: Task | None, condition: Condition) -> Task:
-    condition.check(task_id, None if task is None else task.version)
+    condition.check(owner_and_name(task_id)[1], None if task is None else task.version)
     if task is None:
-        raise unknown(task_id)
+        raise UnknownTaskError.named(owner_and_name(task_id)[1])
     return task

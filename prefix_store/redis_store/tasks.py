@@ -1,77 +1,28 @@
-"""Tasks in Redis: read, compared and changed, and the log of changes."""
+"""Tasks in Redis: read, compared and changed."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from redis.asyncio import Redis
 
 from prefix_store.errors import UnknownTaskError
 from prefix_store.redis_store import layout
-from prefix_store.redis_store.blobs import CondemnedError
-from prefix_store.redis_store.layout import Blob, task_from_json, task_to_json
-from prefix_store.store import Changes
+from prefix_store.redis_store.commits import Commits, Kind
+from prefix_store.redis_store.layout import (
+    Blob,
+    sharing_from_json,
+    sharing_to_json,
+    task_from_json,
+    task_to_json,
+)
 from prefix_store.task import Task
+from prefix_store.task_id import owner_and_name
 
-MAX_CHANGES = 10_000
 _SCANNED = 500
-_NONCES = 2**62
-_START = "0-0"
-
-# One atomic step: a reader sees the task before it or after it, never between. A change that is
-# sent again, because its answer was lost, is known by its text and not made twice.
-_COMMIT = """
-local task_id, expected, new, nonce = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local most, channel, last_blob = ARGV[5], ARGV[6], 7 + 3 * ARGV[7]
-local tasks, blobs, users, pending, garbage, revision, changes = unpack(KEYS)
-local current = redis.call('HGET', tasks, task_id) or ''
-if current == new then return 'done' end
-if current ~= expected then return 'changed' end
-for i = 8, last_blob, 3 do
-  if not redis.call('ZSCORE', pending, ARGV[i]) then return 'condemned' end
-end
-for i = 8, last_blob, 3 do
-  local blob, version, is_new = ARGV[i], ARGV[i + 1], ARGV[i + 2]
-  redis.call('ZREM', pending, blob)
-  local old = redis.call('HGET', blobs, version)
-  if old then redis.call('SADD', garbage, old) end
-  redis.call('HSET', blobs, version, blob)
-  if is_new == '1' then redis.call('HINCRBY', users, version, 1) end
-end
-for i = last_blob + 1, #ARGV do
-  local version = ARGV[i]
-  if redis.call('HINCRBY', users, version, -1) == 0 then
-    redis.call('HDEL', users, version)
-    redis.call('SADD', garbage, redis.call('HGET', blobs, version))
-    redis.call('HDEL', blobs, version)
-  end
-end
-if new == '' then
-  redis.call('HDEL', tasks, task_id)
-else
-  redis.call('HSET', tasks, task_id, new)
-end
-local id = redis.call('INCR', revision) .. '-' .. nonce
-redis.call('XADD', changes, 'MAXLEN', most, id, 'task', task_id)
-redis.call('PUBLISH', channel, id)
-return 'done'
-"""
-_COMMIT_KEYS = [
-    layout.TASKS,
-    layout.BLOBS,
-    layout.USERS,
-    layout.PENDING,
-    layout.GARBAGE,
-    layout.REVISION,
-    layout.CHANGES,
-]
-
-
-_Entries = list[tuple[bytes, dict[bytes, bytes]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +37,9 @@ class Snapshot:
 class Tasks:
     """The tasks of a store. Errors of the client pass through."""
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Redis, commits: Commits) -> None:
         self._client = client
-        self._commit = client.register_script(_COMMIT)
+        self._commits = commits
 
     async def snapshot(self, task_id: str) -> Snapshot:
         """The task now."""
@@ -101,14 +52,22 @@ class Tasks:
         """See `PrefixStore.get`."""
         return existing(await self.snapshot(task_id))
 
-    async def list(self) -> list[Task]:
+    async def list(self, tenant: str | None = None) -> list[Task]:
         """See `PrefixStore.list`."""
         found: dict[str, Task] = {}
         # A scan may tell a task twice, but leaves out none that is there all the time.
         async for name, text in self._client.hscan_iter(layout.TASKS, count=_SCANNED):
             task_id = name.decode()
-            found[task_id] = task_from_json(task_id, text)
+            if tenant in (None, owner_and_name(task_id)[0]):
+                found[task_id] = task_from_json(task_id, text)
         return [found[task_id] for task_id in sorted(found)]
+
+    async def shared(self) -> dict[str, frozenset[str]]:
+        """See `PrefixStore.shared`."""
+        found = await cast(
+            "asyncio.Future[dict[bytes, bytes]]", self._client.hgetall(layout.SHARED)
+        )
+        return {name.decode(): sharing_from_json(text) for name, text in found.items()}
 
     async def change(
         self, task_id: str, step: Callable[[Task | None], Task | None], blobs: Sequence[Blob] = ()
@@ -134,40 +93,16 @@ class Tasks:
         Raises:
             CondemnedError: a blob is no longer pending.
         """
-        old = set() if before.task is None else {kept.version for kept in before.task.versions}
-        new = set() if after is None else {kept.version for kept in after.versions}
-        args: list[Any] = [
+        old = _versions(before.task)
+        return await self._commits.commit(
+            Kind.TASK,
             before.task_id,
             before.text,
             "" if after is None else task_to_json(after),
-            random.randrange(_NONCES),  # noqa: S311
-            MAX_CHANGES,
-            layout.CHANGED,
-            len(blobs),
-        ]
-        for blob in blobs:
-            args += [blob.name, blob.version, int(blob.version not in old)]
-        args += sorted(old - new)
-        outcome = await self._commit(keys=_COMMIT_KEYS, args=args)
-        if outcome == b"condemned":
-            raise CondemnedError
-        return bool(outcome == b"done")
-
-    async def changes(self, since: str | None) -> Changes:
-        """See `PrefixStore.changes`."""
-        if since is not None:
-            entries = cast(
-                "_Entries",
-                await self._client.xrange(layout.CHANGES, min=since, count=MAX_CHANGES),
-            )
-            # Its own entry comes first, unless it was dropped or the store has another history.
-            if entries and entries[0][0].decode() == since:
-                task_ids = (fields[b"task"].decode() for _, fields in entries[1:])
-                return Changes(entries[-1][0].decode(), tuple(dict.fromkeys(task_ids)))
-            if since == _START and not entries:
-                return Changes(since, ())
-        newest = cast("_Entries", await self._client.xrevrange(layout.CHANGES, count=1))
-        return Changes(newest[0][0].decode() if newest else _START, None)
+            sharing=sharing_to_json(after),
+            blobs=[(blob, blob.version in old) for blob in blobs],
+            dropped=sorted(old - _versions(after)),
+        )
 
 
 def existing(snapshot: Snapshot) -> Task:
@@ -177,10 +112,9 @@ def existing(snapshot: Snapshot) -> Task:
         UnknownTaskError: there is none.
     """
     if snapshot.task is None:
-        raise unknown(snapshot.task_id)
+        raise UnknownTaskError.named(owner_and_name(snapshot.task_id)[1])
     return snapshot.task
 
 
-def unknown(task_id: str) -> UnknownTaskError:
-    """No task of this name."""
-    return UnknownTaskError(f"no task {task_id[:80]!r}: upload its prefix, or check the name")
+def _versions(task: Task | None) -> set[str]:
+    return set() if task is None else {kept.version for kept in task.versions}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmap import ACCESS_COPY, mmap
 from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
@@ -13,11 +13,10 @@ from starlette.datastructures import FormData, UploadFile
 from prefix_store.condition import Condition
 from prefix_store.errors import PrefixTooLargeError
 from prefix_store.task import Task, TaskRecord
-from prefix_store.task_id import MAX_TASK_ID_CHARS
 from prefix_store.tensor_file import Buffer
 from server.api import downloads
 from server.api.conditions import ConditionDep, etag
-from server.api.dependencies import ServicesDep
+from server.api.dependencies import AdminCaller, OwnTaskId, ServicesDep
 from server.api.schemas import ErrorResponse, TaskResponse, TextUpload
 from server.errors import InvalidRequestError
 from server.services import Services
@@ -27,22 +26,19 @@ _FIELD = "file"
 _JSON = "application/json"
 _MULTIPART = "multipart/form-data"
 
-router = APIRouter(prefix="/admin/tasks", tags=["Tasks"])
+_ERROR: dict[str, Any] = {"model": ErrorResponse}
 
-TaskId = Annotated[
-    str,
-    Path(
-        description=f"The task's name: 1 to {MAX_TASK_ID_CHARS} letters, digits, '.', '_' or '-', "
-        "beginning with a letter or digit.",
-        examples=["e2e"],
-    ),
-]
+router = APIRouter(
+    prefix="/admin/tasks",
+    tags=["Tasks"],
+    responses=dict.fromkeys((401, 403, 503), _ERROR),
+)
+
 Activate = Annotated[
     bool,
     Query(description="false keeps the new version without using it yet; the task must exist."),
 ]
 Version = Annotated[str | None, Query(description="Another than the active version.")]
-_ERROR: dict[str, Any] = {"model": ErrorResponse}
 _UPLOAD_BODY: dict[str, Any] = {
     "required": True,
     "content": {
@@ -73,10 +69,10 @@ _UPLOAD_BODY: dict[str, Any] = {
     "/{task_id}",
     status_code=201,
     openapi_extra={"requestBody": _UPLOAD_BODY},
-    responses=dict.fromkeys((404, 412, 413, 415, 422, 429, 503), _ERROR),
+    responses=dict.fromkeys((404, 412, 413, 415, 422, 429), _ERROR),
 )
 async def upload(
-    task_id: TaskId,
+    task_id: OwnTaskId,
     request: Request,
     response: Response,
     services: ServicesDep,
@@ -114,14 +110,15 @@ async def _stored(
             )
 
 
-@router.get("", responses={503: _ERROR})
-async def list_tasks(services: ServicesDep) -> list[TaskResponse]:
-    """Every task, by name."""
-    return [task_answer(task.record, task) for task in await services.tasks.list()]
+@router.get("")
+async def list_tasks(services: ServicesDep, caller: AdminCaller) -> list[TaskResponse]:
+    """Every task of the tenant, by name."""
+    tasks = await services.tasks.list(caller.tenant)
+    return [task_answer(task.record, task) for task in tasks]
 
 
-@router.get("/{task_id}", responses=dict.fromkeys((404, 422, 503), _ERROR))
-async def get_task(task_id: TaskId, response: Response, services: ServicesDep) -> TaskResponse:
+@router.get("/{task_id}", responses=dict.fromkeys((404, 422), _ERROR))
+async def get_task(task_id: OwnTaskId, response: Response, services: ServicesDep) -> TaskResponse:
     """One task; the ETag is its active version."""
     task = await services.tasks.get(task_id)
     response.headers["ETag"] = etag(task.version)
@@ -141,19 +138,19 @@ async def get_task(task_id: TaskId, response: Response, services: ServicesDep) -
         206: {"description": "The part of it that a Range header asks for."},
         304: {"description": "If-None-Match names the version: the client has it."},
         416: {"description": "No byte of the asked range exists."},
-        **dict.fromkeys((404, 422, 503), _ERROR),
+        **dict.fromkeys((404, 422), _ERROR),
     },
 )
 async def download(
-    task_id: TaskId, request: Request, services: ServicesDep, version: Version = None
+    task_id: OwnTaskId, request: Request, services: ServicesDep, version: Version = None
 ) -> Response:
     """The task's prefix as one safetensors file, as it comes from the store."""
     task = await services.tasks.get(task_id)
     return await downloads.download(services, request, task.at(version or task.version))
 
 
-@router.delete("/{task_id}", status_code=204, responses=dict.fromkeys((404, 412, 422, 503), _ERROR))
-async def delete(task_id: TaskId, services: ServicesDep, condition: ConditionDep) -> None:
+@router.delete("/{task_id}", status_code=204, responses=dict.fromkeys((404, 412, 422), _ERROR))
+async def delete(task_id: OwnTaskId, services: ServicesDep, condition: ConditionDep) -> None:
     """Forget a task and its prefixes. Requests that run with them finish."""
     await services.tasks.delete(task_id, condition)
 
@@ -195,7 +192,7 @@ def _text(body: bytes) -> str:
 def task_answer(record: TaskRecord, task: Task | None = None) -> TaskResponse:
     """A task at one version, with its split if it has one."""
     return TaskResponse(
-        task_id=record.task_id,
+        task_id=record.name,
         version=record.version,
         prefix_length=record.prefix_length,
         bytes=record.nbytes,
@@ -205,4 +202,5 @@ def task_answer(record: TaskRecord, task: Task | None = None) -> TaskResponse:
         created_at=record.created_at,
         split={} if task is None else {share.version: share.percent for share in task.split},
         pinned=task is not None and task.pinned,
+        shared_with=[] if task is None else list(task.shared_with),
     )

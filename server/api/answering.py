@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import HTTPException, Request, Response
@@ -15,12 +15,15 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from prefix_store.errors import InvalidTaskIdError
+from prefix_store.task_id import stored_name
 from server.api.conversion import event_of, job_of, response_of, texts_of
 from server.api.error_responses import AnswerTo, answers_of
 from server.api.errors import CLIENT_GONE, answer_to
 from server.api.schemas import GenerateRequest, GenerateResponse
 from server.callers import Caller
 from server.chunks import Chunk
+from server.errors import ForbiddenError
 from server.generation import Generation
 from server.metrics import OTHER_LABEL, Metrics
 from server.services import Services
@@ -35,7 +38,7 @@ async def answer(
 ) -> list[GenerateResponse]:
     """Generate for every input; all or nothing."""
     wants_details = bool(request.parameters and request.parameters.details)
-    with counted(services.metrics, _task_id(request)):
+    with counted(services.metrics, caller, _task_id(request)):
         job = job_of(request, caller, stream=False)
         async with services.generator.run(job) as generations:
             chunks = await collect(generations)
@@ -85,7 +88,7 @@ class CountedRoute(APIRoute):
         async def counted(request: Request) -> Response:
             try:
                 return await handler(request)
-            except (RequestValidationError, HTTPException) as error:
+            except (RequestValidationError, HTTPException, ForbiddenError) as error:
                 metrics: Metrics = request.app.state.services.metrics
                 status = answers_of(request.url.path)(error).status
                 metrics.requests.labels(OTHER_LABEL, str(status)).inc()
@@ -114,7 +117,7 @@ async def _events(
     services: Services, caller: Caller, request: GenerateRequest
 ) -> AsyncGenerator[bytes]:
     """An empty item once the job runs, then each token's event."""
-    with counted(services.metrics, _task_id(request)):
+    with counted(services.metrics, caller, _task_id(request)):
         job = job_of(request, caller, stream=True)
         async with services.generator.run(job) as [generation]:
             yield b""
@@ -207,9 +210,12 @@ def _task_id(request: GenerateRequest) -> str | None:
 
 @contextmanager
 def counted(
-    metrics: Metrics, task_id: str | None, answer_to: AnswerTo = answer_to
+    metrics: Metrics, caller: Caller, task_id: str | None, answer_to: AnswerTo = answer_to
 ) -> Iterator[None]:
-    """Count one request by how it ends."""
+    """Count one request, for a task as its caller calls it, by how it ends."""
+    if task_id is not None:
+        with suppress(InvalidTaskIdError):
+            task_id = stored_name(caller.tenant, task_id)
     status = 200
     try:
         yield

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Annotated, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request, Security
+from fastapi.security import HTTPBearer
 
-from server.callers import ANYBODY, Caller, Scope
+from prefix_store.task_id import MAX_TASK_ID_CHARS, check_task_id, stored_name
+from server.callers import Caller, Scope
 from server.errors import ForbiddenError
 from server.services import Services
+
+# `Authentication` has looked at the header already; this tells of it in /openapi.json.
+_bearer = HTTPBearer(scheme_name="api_key", auto_error=False)
 
 
 # Coroutines, since the framework calls a plain function on another thread.
@@ -17,21 +22,20 @@ async def _services(request: Request) -> Services:
     return cast("Services", request.app.state.services)
 
 
-async def _caller(request: Request) -> Caller:
-    request.state.caller = ANYBODY
-    return ANYBODY
+async def _caller(request: Request, _: Annotated[object, Security(_bearer)]) -> Caller:
+    return cast("Caller", request.state.caller)
 
 
 ServicesDep = Annotated[Services, Depends(_services)]
-CallerDep = Annotated[Caller, Depends(_caller)]
+AnyCaller = Annotated[Caller, Depends(_caller)]
 
 
 def _with(scope: Scope) -> Callable[[Caller], Awaitable[Caller]]:
-    async def check(caller: CallerDep) -> Caller:
-        if scope not in caller.scopes:
+    async def check(caller: AnyCaller) -> Caller:
+        if not caller.may(scope):
             raise ForbiddenError(
-                f"this needs a key with the scope {scope}; key {caller.key_id} has "
-                f"{', '.join(sorted(caller.scopes)) or 'none'}"
+                f"this needs a key with the scope {scope}; the key {caller.key_id} of the tenant "
+                f"{caller.tenant!r} has {', '.join(sorted(caller.scopes)) or 'none'}"
             )
         return caller
 
@@ -41,3 +45,21 @@ def _with(scope: Scope) -> Callable[[Caller], Awaitable[Caller]]:
 GenerateCaller = Annotated[Caller, Depends(_with(Scope.GENERATE))]
 AdminCaller = Annotated[Caller, Depends(_with(Scope.ADMIN))]
 MetricsCaller = Annotated[Caller, Depends(_with(Scope.METRICS))]
+
+
+async def _own_task_id(
+    task_id: Annotated[
+        str,
+        Path(
+            description=f"The task's name: 1 to {MAX_TASK_ID_CHARS} letters, digits, '.', '_' or "
+            "'-', beginning with a letter or digit.",
+            examples=["e2e"],
+        ),
+    ],
+    caller: AdminCaller,
+) -> str:
+    return stored_name(caller.tenant, check_task_id(task_id))
+
+
+OwnTaskId = Annotated[str, Depends(_own_task_id)]
+"""What the store calls the task of the path, which is the caller's own if it exists."""

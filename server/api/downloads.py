@@ -21,7 +21,7 @@ async def download(services: Services, request: Request, record: TaskRecord) -> 
     headers = {
         "ETag": etag(record.version),
         "Accept-Ranges": "bytes",
-        "Content-Disposition": f'attachment; filename="{record.task_id}.safetensors"',
+        "Content-Disposition": f'attachment; filename="{record.name}.safetensors"',
     }
     if_none_match = request.headers.getlist("if-none-match")
     if if_none_match and names_version(if_none_match, record.version):

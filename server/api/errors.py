@@ -18,10 +18,12 @@ from prefix_store.errors import (
     InvalidPrefixError,
     InvalidSplitError,
     InvalidTaskIdError,
+    InvalidTenantError,
     PinsFullError,
     PreconditionFailedError,
     PrefixTooLargeError,
     StoreUnavailableError,
+    UnknownKeyError,
     UnknownTaskError,
     UnknownVersionError,
     VersionConflictError,
@@ -35,7 +37,12 @@ from server.engine.protocol import (
     QueueFullError,
     RequestTooLongError,
 )
-from server.errors import DrainingError, ForbiddenError, InvalidRequestError
+from server.errors import (
+    AuthenticationError,
+    DrainingError,
+    ForbiddenError,
+    InvalidRequestError,
+)
 
 _SHOWN_CHARS = 80
 _MOST_FIELDS = 5
@@ -65,15 +72,18 @@ class ErrorAnswer:
 
 # The first line that fits counts. Every text of these errors is written for the end user.
 _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
+    (AuthenticationError, 401, "authentication", {"WWW-Authenticate": "Bearer"}),
     (ForbiddenError, 403, "forbidden", {}),
     (QuotaExceededError, 403, "quota_exceeded", {}),
     (LimitExceededError, 429, "rate_limited", {}),
+    (UnknownKeyError, 404, "not_found", {}),
     (UnknownTaskError, 404, "not_found", {}),
     (UnknownVersionError, 404, "not_found", {}),
     (PinsFullError, 409, "conflict", {}),
     (VersionConflictError, 409, "conflict", {}),
     (PreconditionFailedError, 412, "precondition_failed", {}),
     (InvalidTaskIdError, 422, "validation", {}),
+    (InvalidTenantError, 422, "validation", {}),
     (InvalidRequestError, 422, "validation", {}),
     (InvalidSplitError, 422, "validation", {}),
     (RequestTooLongError, 422, "validation", {}),

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from starlette.responses import Response
 
 from server.api import answering
-from server.api.dependencies import GenerateCaller, ServicesDep
+from server.api.dependencies import AnyCaller, GenerateCaller, ServicesDep
 from server.api.parameters import MAX_BEST_OF, MAX_STOP_STRINGS
 from server.api.schemas import (
     E2E_EXAMPLE,
@@ -27,7 +27,7 @@ from server.services import VERSION
 router = APIRouter(tags=["Generate"], route_class=answering.CountedRoute)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (404, 413, 415, 422, 429, 500, 503)
+    status: {"model": ErrorResponse} for status in (401, 403, 404, 413, 415, 422, 429, 500, 503)
 }
 _ANSWERS = TypeAdapter(list[GenerateResponse])
 _EXAMPLES: dict[str, Any] = {
@@ -107,8 +107,8 @@ async def tokenize(
     return [InputToken(id=i, text=body.inputs[a:b], start=a, stop=b) for i, a, b in tokens]
 
 
-@router.get("/info")
-async def info(services: ServicesDep) -> InfoResponse:
+@router.get("/info", responses={status: _ERRORS[status] for status in (401, 503)})
+async def info(services: ServicesDep, _: AnyCaller) -> InfoResponse:
     """What this server runs and how much it takes."""
     spec, settings = services.engine.spec, services.settings
     return InfoResponse(

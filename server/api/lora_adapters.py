@@ -14,11 +14,12 @@ from starlette.responses import PlainTextResponse
 
 from prefix_store.condition import ALWAYS, ANY, Condition
 from prefix_store.errors import PreconditionFailedError
+from prefix_store.task_id import check_task_id, stored_name
 from server.adapter_folder import read_adapter
 from server.api.dependencies import AdminCaller, ServicesDep
 from server.api.openai.errors import OpenAIErrorResponse
 from server.api.parameters import RequestModel
-from server.errors import InvalidRequestError
+from server.errors import ForbiddenError, InvalidRequestError
 
 router = APIRouter(prefix="/v1", tags=["vLLM's adapters"])
 
@@ -55,7 +56,9 @@ class UnloadAdapter(RequestModel):
 async def load_lora_adapter(
     body: LoadAdapter, services: ServicesDep, caller: AdminCaller
 ) -> PlainTextResponse:
-    """Upload the adapter in a folder of the server's machine as a task."""
+    """Upload the adapter in a folder of the server's machine as a task; for its operator."""
+    if not caller.is_operator:
+        raise ForbiddenError("the adapters on this machine are for the server's operator to load")
     name, folder = body.lora_name, services.settings.adapter_dir
     if not name or not body.lora_path:
         raise InvalidRequestError("Both 'lora_name' and 'lora_path' must be provided.")
@@ -66,7 +69,7 @@ async def load_lora_adapter(
     files = await asyncio.to_thread(read_adapter, folder, body.lora_path, limit)
     condition = ALWAYS if body.load_inplace else Condition(none_match=frozenset((ANY,)))
     try:
-        await services.tasks.upload(name, files, condition=condition)
+        await services.tasks.upload(check_task_id(name), files, condition=condition)
     except PreconditionFailedError as error:
         raise InvalidRequestError(
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter "
@@ -86,5 +89,5 @@ async def unload_lora_adapter(
     """Delete a task, however it was uploaded."""
     if not body.lora_name:
         raise InvalidRequestError("'lora_name' needs to be provided to unload a LoRA adapter.")
-    await services.tasks.delete(body.lora_name)
+    await services.tasks.delete(stored_name(caller.tenant, check_task_id(body.lora_name)))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -12,6 +12,7 @@ from server.api.parameters import MAX_BEST_OF, MAX_STOP_STRINGS, Parameters, Req
 
 MAX_INPUTS = 128
 MAX_USER_CHARS = 256
+MAX_SHARED_WITH = 1000
 
 E2E_EXAMPLE = "name : The Eagle | Type : coffee shop | food : Japanese | area : riverside"
 VERSION_EXAMPLE = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -242,6 +243,11 @@ class TaskResponse(AnswerModel):
     pinned: bool = Field(
         default=False, description="Whether every server keeps it loaded.", examples=[False]
     )
+    shared_with: list[str] = Field(
+        default_factory=list,
+        description="The other tenants that may use it; only `public` for all of them.",
+        examples=[[]],
+    )
 
 
 class VersionResponse(AnswerModel):
@@ -268,6 +274,16 @@ class Activation(RequestModel):
     """Which version to activate."""
 
     version: Text = Field(description="One that the task keeps.", examples=[VERSION_EXAMPLE])
+
+
+class Sharing(RequestModel):
+    """With whom a task is shared."""
+
+    tenants: list[Text] = Field(
+        max_length=MAX_SHARED_WITH,
+        description="Names of tenants, or `public` for all of them; `[]` ends the sharing.",
+        examples=[["public"]],
+    )
 
 
 class InputToken(AnswerModel):

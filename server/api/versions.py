@@ -1,4 +1,4 @@
-"""The versions of a task: list, activate, roll back, split among them, delete."""
+"""The versions of a task: list, activate, roll back, split among them, delete; and its sharing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from fastapi import APIRouter, Body, Path, Response
 from pydantic import StrictInt
 
 from prefix_store.task import Task
-from server.api.admin import TaskId, task_answer
+from server.api.admin import task_answer
 from server.api.conditions import ConditionDep, etag
-from server.api.dependencies import ServicesDep
+from server.api.dependencies import OwnTaskId, ServicesDep
 from server.api.schemas import (
     VERSION_EXAMPLE,
     Activation,
     ErrorResponse,
+    Sharing,
     TaskResponse,
     VersionResponse,
 )
@@ -25,7 +26,7 @@ _MOST_SHARES = 100
 router = APIRouter(
     prefix="/admin/tasks/{task_id}",
     tags=["Versions"],
-    responses=dict.fromkeys((404, 412, 422, 503), _ERROR),
+    responses=dict.fromkeys((401, 403, 404, 412, 422, 503), _ERROR),
 )
 
 VersionName = Annotated[str, Path(description="The version's name.", examples=[VERSION_EXAMPLE])]
@@ -41,7 +42,7 @@ Shares = Annotated[
 
 @router.get("/versions")
 async def list_versions(
-    task_id: TaskId, response: Response, services: ServicesDep
+    task_id: OwnTaskId, response: Response, services: ServicesDep
 ) -> list[VersionResponse]:
     """The versions that the task keeps, the last uploaded first."""
     task = await services.tasks.get(task_id)
@@ -64,7 +65,7 @@ async def list_versions(
 
 @router.post("/activate")
 async def activate(
-    task_id: TaskId,
+    task_id: OwnTaskId,
     body: Activation,
     response: Response,
     services: ServicesDep,
@@ -76,7 +77,7 @@ async def activate(
 
 @router.post("/rollback", responses={409: _ERROR})
 async def rollback(
-    task_id: TaskId, response: Response, services: ServicesDep, condition: ConditionDep
+    task_id: OwnTaskId, response: Response, services: ServicesDep, condition: ConditionDep
 ) -> TaskResponse:
     """Activate again what was active before; again goes back further. Ends a split."""
     return _answer(await services.tasks.rollback(task_id, condition), response)
@@ -84,7 +85,7 @@ async def rollback(
 
 @router.post("/split")
 async def split(
-    task_id: TaskId,
+    task_id: OwnTaskId,
     shares: Shares,
     response: Response,
     services: ServicesDep,
@@ -100,7 +101,7 @@ async def split(
 
 @router.post("/pin", responses={409: _ERROR})
 async def pin(
-    task_id: TaskId, response: Response, services: ServicesDep, condition: ConditionDep
+    task_id: OwnTaskId, response: Response, services: ServicesDep, condition: ConditionDep
 ) -> TaskResponse:
     """Have every server keep the task's prefix loaded, so that no request waits for it.
 
@@ -111,15 +112,30 @@ async def pin(
 
 @router.delete("/pin")
 async def unpin(
-    task_id: TaskId, response: Response, services: ServicesDep, condition: ConditionDep
+    task_id: OwnTaskId, response: Response, services: ServicesDep, condition: ConditionDep
 ) -> TaskResponse:
     """Treat the task's prefix like any other: it stays loaded while it is used often enough."""
     return _answer(await services.tasks.unpin(task_id, condition), response)
 
 
+@router.put("/sharing")
+async def share(
+    task_id: OwnTaskId,
+    body: Sharing,
+    response: Response,
+    services: ServicesDep,
+    condition: ConditionDep,
+) -> TaskResponse:
+    """Let these tenants generate with the task, as `<your tenant>/<task>`, and no others.
+
+    They can neither change it nor download its prefix.
+    """
+    return _answer(await services.tasks.share(task_id, body.tenants, condition), response)
+
+
 @router.delete("/versions/{version}", status_code=204, responses={409: _ERROR})
 async def delete_version(
-    task_id: TaskId, version: VersionName, services: ServicesDep, condition: ConditionDep
+    task_id: OwnTaskId, version: VersionName, services: ServicesDep, condition: ConditionDep
 ) -> None:
     """Forget a version that is neither active nor in a split. Requests that run with it finish."""
     await services.tasks.delete_version(task_id, version, condition)

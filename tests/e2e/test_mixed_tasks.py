@@ -70,7 +70,7 @@ def server(
     (data_dir / "models").symlink_to(models_dir.absolute())
     flags = ("--dtype", "float32", "--no-demo-tasks")
     with running_server("smollm2-135m", data_dir, *flags) as server:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
+        with httpx.Client(base_url=server.url, timeout=60, headers=server.headers) as client:
             for task_id in ("e2e", "noise"):
                 artefact = _artefact(tasks[task_id])
                 answer = client.put(f"/admin/tasks/{task_id}", files={"file": artefact})
@@ -113,7 +113,9 @@ async def test_32_requests_of_three_tasks_and_the_base_model_at_once(
         for task_id in tasks
     ]
     assert len(requests) == 32
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+    async with httpx.AsyncClient(
+        base_url=server.url, timeout=120, headers=server.headers
+    ) as client:
         answers = await asyncio.gather(
             *(
                 (_stream if streamed else _generate)(client, _body(task_id, inputs))
@@ -136,7 +138,9 @@ def test_a_text_ends_where_the_model_ends_it_unless_told_not_to(
     prompt = "<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\nYes."
     body = _body(None, prompt)
     body["parameters"] |= {"details": True, "ignore_eos": ignore_eos}
-    answer = httpx.post(f"{server.url}/generate", json=body, timeout=60).json()
+    answer = httpx.post(
+        f"{server.url}/generate", json=body, timeout=60, headers=server.headers
+    ).json()
     found = answer["details"]["tokens"]
     assert (len(found), answer["details"]["finish_reason"]) == (tokens, reason)
     assert (found[0]["text"], found[0]["special"]) == ("<|im_end|>", True)

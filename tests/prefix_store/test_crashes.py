@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefix_store.base_model import BaseModelSpec
 from prefix_store.checkup import check_store
+from prefix_store.data_dir import store_dir
 from prefix_store.embedded import EmbeddedValkey
-from prefix_store.opening import store_dir
 from prefix_store.prefix import version_of
 from prefix_store.redis_store import RedisPrefixStore, layout
 from prefix_store.redis_store.layout import Blob
@@ -194,7 +194,9 @@ def test_acknowledged_uploads_survive_kills_of_the_server(
             victims["both"] = [*victims["store"], process]
             killing = threading.Timer(chance.uniform(0, 0.6), kill_all, [victims[victim]])
             killing.start()
-            with httpx.Client(base_url=server.url, timeout=DEADLINE_SECONDS) as client:
+            with httpx.Client(
+                base_url=server.url, timeout=DEADLINE_SECONDS, headers=server.headers
+            ) as client:
                 upload_until_refused(client, shape, expected, attempted)
             killing.join()
             kill_all([*victims["both"]])

@@ -15,7 +15,7 @@ from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import ResponseError
 
 from prefix_store import directory as directory_module
-from prefix_store.directory import TaskDirectory
+from prefix_store.directory import Directory
 from prefix_store.errors import StoreUnavailableError
 from prefix_store.opening import opened_store
 from prefix_store.redis_store import RedisPrefixStore
@@ -156,13 +156,13 @@ async def test_a_message_crosses_the_cluster(
     writer, reader = (
         RedisPrefixStore.from_url(f"redis+cluster://{HOST}:{port}") for port in ports[1:]
     )
-    directory = TaskDirectory(reader)
+    directory = Directory(reader)
     await directory.start()
     try:
         for seed in range(3):
             record = await writer.put("one", an_artefact(seed))
             deadline = time.monotonic() + DEADLINE_SECONDS
-            while (await directory.get("one")).record != record:
+            while (await directory.tasks.get("one")).record != record:
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.01)
     finally:

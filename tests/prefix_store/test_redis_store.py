@@ -20,6 +20,7 @@ from prefix_store.errors import (
 from prefix_store.prefix import version_of
 from prefix_store.redis_store import RedisPrefixStore, layout
 from prefix_store.redis_store.blobs import Blobs, CondemnedError
+from prefix_store.redis_store.commits import Commits
 from prefix_store.redis_store.tasks import Tasks
 from prefix_store.store import Task
 from tests.prefix_store.examples import LENGTH, an_artefact
@@ -43,7 +44,7 @@ async def test_a_task_is_what_was_put(store: RedisPrefixStore) -> None:
 async def test_a_task_with_a_blob_that_was_given_up_is_not_made(
     store: RedisPrefixStore, redis: Redis
 ) -> None:
-    blobs, tasks = Blobs(redis, upload_seconds=60, chunk_bytes=2**20), Tasks(redis)
+    blobs, tasks = Blobs(redis, upload_seconds=60, chunk_bytes=2**20), Tasks(redis, Commits(redis))
     artefacts = [an_artefact(seed) for seed in range(2)]
     first, second = [await blobs.reserve(one.version, len(one.data)) for one in artefacts]
     for blob, one in zip((first, second), artefacts, strict=True):
@@ -125,7 +126,7 @@ async def test_unknown_names(store: RedisPrefixStore) -> None:
 
 async def test_a_bad_name_stores_nothing(store: RedisPrefixStore, redis: Redis) -> None:
     with pytest.raises(InvalidTaskIdError):
-        await store.put("a/b", an_artefact())
+        await store.put("a/b/c", an_artefact())
 
     assert await redis.keys("*") == []
 

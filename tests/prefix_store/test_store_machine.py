@@ -28,6 +28,7 @@ from prefix_store.embedded import EmbeddedValkey
 from prefix_store.errors import PrefixStoreError
 from prefix_store.redis_store import layout
 from prefix_store.redis_store.blobs import Blobs, CondemnedError
+from prefix_store.redis_store.commits import Commits
 from prefix_store.redis_store.layout import Blob
 from prefix_store.redis_store.tasks import Snapshot, Tasks
 from prefix_store.task import (
@@ -77,7 +78,7 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.run(self.redis.flushall())
         self.blobs = Blobs(self.redis, upload_seconds=10_000, chunk_bytes=CHUNK_BYTES)
-        self.tasks = Tasks(self.redis)
+        self.tasks = Tasks(self.redis, Commits(self.redis))
         self.model: dict[str, Task] = {}
         self.pending: set[str] = set()
         self.expired: set[str] = set()

@@ -1,29 +1,64 @@
-"""Which names a task may have."""
+"""Names of tasks as tenants and the store have them."""
 
 from __future__ import annotations
 
 import pytest
 
-from prefix_store.errors import InvalidTaskIdError
-from prefix_store.task_id import check_task_id
-
-
-@pytest.mark.parametrize("task_id", ["e2e", "a", "7", "Web-NLG_2.1", "x" * 128])
-def test_takes(task_id: str) -> None:
-    assert check_task_id(task_id) == task_id
+from prefix_store.errors import InvalidTaskIdError, InvalidTenantError
+from prefix_store.task_id import check_stored_name, name_for, owner_and_name, stored_name
+from prefix_store.tenant import check_tenant
 
 
 @pytest.mark.parametrize(
-    "task_id",
-    ["", ".", "..", "-a", "_a", "a/b", "a b", "a\n", "a\x00", "{a}", "a*", "é", "٣", "x" * 129],
+    ("tenant", "name", "stored"),
+    [
+        ("default", "e2e", "e2e"),
+        ("default", "default/e2e", "e2e"),
+        ("default", "acme/e2e", "acme/e2e"),
+        ("acme", "e2e", "acme/e2e"),
+        ("acme", "acme/e2e", "acme/e2e"),
+        ("acme", "default/e2e", "e2e"),
+        ("acme", "beta/e2e", "beta/e2e"),
+    ],
 )
-def test_refuses(task_id: str) -> None:
-    with pytest.raises(InvalidTaskIdError, match="expected 1 to 128 characters"):
-        check_task_id(task_id)
+def test_what_the_store_calls_a_task(tenant: str, name: str, stored: str) -> None:
+    assert stored_name(tenant, name) == stored
+    assert check_stored_name(stored) == stored
+    owner, own_name = owner_and_name(stored)
+    assert stored_name(owner, own_name) == stored
+    assert stored_name(tenant, name_for(tenant, stored)) == stored
 
 
-def test_a_long_name_is_shortened_in_the_message() -> None:
-    with pytest.raises(InvalidTaskIdError, match=r"\(100000 characters\)") as caught:
-        check_task_id("x" * 100_000)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "/",
+        "a/",
+        "/a",
+        "a/b/c",
+        "acme//e2e",
+        "Acme/e2e",
+        "public/e2e",
+        "a b",
+        "é",
+        "a\n",
+        "../e2e",
+    ],
+)
+def test_what_is_no_name(name: str) -> None:
+    with pytest.raises(InvalidTaskIdError):
+        stored_name("acme", name)
+    with pytest.raises(InvalidTaskIdError):
+        check_stored_name(name)
 
-    assert len(str(caught.value)) < 200
+
+def test_a_task_of_the_default_tenant_has_one_name_in_the_store() -> None:
+    with pytest.raises(InvalidTaskIdError):
+        check_stored_name("default/e2e")
+
+
+@pytest.mark.parametrize("tenant", ["", "public", "-a", "A", "a_b", "a/b", "a" * 64, "é", "a\n"])
+def test_what_is_no_tenant(tenant: str) -> None:
+    with pytest.raises(InvalidTenantError):
+        check_tenant(tenant)

@@ -17,6 +17,7 @@ import httpx
 from httpx_sse import connect_sse
 from prometheus_client.parser import text_string_to_metric_families
 
+from prefix_store.data_dir import admin_key_file
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from server.serve import bind, serve
@@ -76,14 +77,26 @@ class LiveServer:
             time.sleep(0.01)
 
 
+def bearer(key: str) -> dict[str, str]:
+    """The header that carries an API key."""
+    return {"Authorization": f"Bearer {key}"}
+
+
 @contextmanager
-def live_server(loaded: LoadedModel, data_dir: Path, *flags: str) -> Iterator[LiveServer]:
-    """Start a server on a free port; stop it on the way out."""
+def live_server(
+    loaded: LoadedModel, data_dir: Path, *flags: str, auth: bool = False
+) -> Iterator[LiveServer]:
+    """Start a server on a free port; stop it on the way out.
+
+    Args:
+        auth: ask for API keys; the client has that of the operator.
+    """
     settings = load_settings(
         [
             "--data-dir",
             str(data_dir),
             "--no-demo-tasks",
+            "--auth" if auth else "--no-auth",
             "--port",
             "0",
             "--drain-seconds",
@@ -98,7 +111,8 @@ def live_server(loaded: LoadedModel, data_dir: Path, *flags: str) -> Iterator[Li
         loop = asyncio.get_running_loop()
 
         async def announce(_: Services, address: str) -> None:
-            client = httpx.Client(base_url=address, timeout=DEADLINE_SECONDS)
+            headers = bearer(admin_key_file(data_dir).read_text().strip()) if auth else {}
+            client = httpx.Client(base_url=address, timeout=DEADLINE_SECONDS, headers=headers)
             stop = partial(loop.call_soon_threadsafe, stopped.set)
             started.set_result(LiveServer(address, client, stop))
 

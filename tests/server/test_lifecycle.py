@@ -89,7 +89,7 @@ def test_sigterm_lets_what_runs_finish_refuses_the_rest_and_exits_0(
     body = {"inputs": "Hello", "parameters": {"max_new_tokens": 2500}}
     with (
         running_server(endless_dir, tmp_path, *flags) as server,
-        httpx.Client(base_url=server.url, timeout=60) as client,
+        httpx.Client(base_url=server.url, timeout=60, headers=server.headers) as client,
         connect_sse(client, "POST", "/generate_stream", json=body) as source,
     ):
         events = source.iter_sse()

@@ -88,3 +88,21 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path: Path) -> None:
     path.write_text("max_slots: 3\n")
     with pytest.raises(StartupError, match="cannot read the settings file"):
         load_settings(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["0.0.0.0", "::", "192.0.2.1", "server.example.com", "127.0.0.1.x"],  # noqa: S104
+)
+def test_no_authentication_on_the_network_is_refused_unless_it_is_meant(host: str) -> None:
+    flags = ["--host", host, "--no-auth"]
+    with pytest.raises(StartupError, match="--allow-unauthenticated") as refusal:
+        load_settings(flags)
+    assert host in str(refusal.value)
+    assert not load_settings([*flags, "--allow-unauthenticated"]).auth
+    assert load_settings(["--host", host]).auth
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_authentication_may_be_off_on_this_machine_only(host: str) -> None:
+    assert not load_settings(["--host", host, "--no-auth"]).auth

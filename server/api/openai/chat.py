@@ -37,7 +37,7 @@ _INCOMPLETE = "\ufffd"
 async def complete(services: Services, caller: Caller, request: ChatRequest) -> ChatCompletion:
     """Generate every answer; all or nothing."""
     task_id = task_of(services, request.model)
-    with counted(services.metrics, task_id, openai_answer_to):
+    with counted(services.metrics, caller, task_id, openai_answer_to):
         job = await _job_of(services, caller, request, task_id)
         async with services.generator.run(job) as generations:
             chunks = await collect(generations)
@@ -63,7 +63,7 @@ async def _events(
 ) -> AsyncGenerator[bytes]:
     """An empty item once the job runs, then who speaks, then what each token adds."""
     task_id = task_of(services, request.model)
-    with counted(services.metrics, task_id, openai_answer_to):
+    with counted(services.metrics, caller, task_id, openai_answer_to):
         job = await _job_of(services, caller, request, task_id)
         async with services.generator.run(job) as generations:
             yield b""

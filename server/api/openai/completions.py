@@ -31,7 +31,7 @@ DONE = event_bytes(" [DONE]")
 async def complete(services: Services, caller: Caller, request: CompletionRequest) -> Completion:
     """Generate every text; all or nothing."""
     task_id = task_of(services, request.model)
-    with counted(services.metrics, task_id, openai_answer_to):
+    with counted(services.metrics, caller, task_id, openai_answer_to):
         job = _job_of(caller, request, task_id)
         async with services.generator.run(job) as generations:
             chunks = await collect(generations)
@@ -58,7 +58,7 @@ async def _events(
 ) -> AsyncGenerator[bytes]:
     """An empty item once the job runs, then what each token adds."""
     task_id = task_of(services, request.model)
-    with counted(services.metrics, task_id, openai_answer_to):
+    with counted(services.metrics, caller, task_id, openai_answer_to):
         job = _job_of(caller, request, task_id)
         async with services.generator.run(job) as generations:
             yield b""

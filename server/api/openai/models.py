@@ -25,10 +25,10 @@ def fingerprint(services: Services, usage: Usage) -> str:
 
 
 async def list_models(services: Services, caller: Caller) -> ModelList:
-    """The base model, then every task of the caller's, by name."""
-    tasks = await services.tasks.list()
-    data = [_base(services), *(_task(services, task.record) for task in tasks)]
-    return ModelList(data=data)
+    """The base model, then every task that the caller may use, by what it calls them."""
+    tasks = await services.tasks.usable(caller.tenant)
+    models = (_task(services, name, task.record) for name, task in sorted(tasks.items()))
+    return ModelList(data=[_base(services), *models])
 
 
 async def get_model(services: Services, caller: Caller, model: str) -> ModelAnswer:
@@ -36,7 +36,8 @@ async def get_model(services: Services, caller: Caller, model: str) -> ModelAnsw
     task_id = task_of(services, model)
     if task_id is None:
         return _base(services)
-    return _task(services, (await services.tasks.get(task_id)).record)
+    task = await services.tasks.resolve(caller.tenant, task_id)
+    return _task(services, task_id, task.record)
 
 
 def _base(services: Services) -> ModelAnswer:
@@ -51,9 +52,9 @@ def _base(services: Services) -> ModelAnswer:
     )
 
 
-def _task(services: Services, record: TaskRecord) -> ModelAnswer:
+def _task(services: Services, name: str, record: TaskRecord) -> ModelAnswer:
     return ModelAnswer(
-        id=record.task_id,
+        id=name,
         created=int(record.created_at),
         owned_by=_OWNER,
         root=record.version,
