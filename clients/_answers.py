@@ -102,6 +102,7 @@ class Task(_Answer):
             as it is.
         created_at: when it was uploaded, in UTC.
         split: percent of the requests by version; empty when all go to `version`.
+        shared_with: the other tenants that may use it; only `public` for all of them.
     """
 
     task_id: str
@@ -113,6 +114,7 @@ class Task(_Answer):
     template: str
     created_at: datetime
     split: dict[str, int] = {}
+    shared_with: tuple[str, ...] = ()
 
 
 class Version(_Answer):
@@ -134,6 +136,31 @@ class Version(_Answer):
     method: str
     base_model: str
     created_at: datetime
+
+
+class Key(_Answer):
+    """An API key, without what only its holder knows.
+
+    Attributes:
+        key_id: its public part.
+        scopes: what it allows: `generate`, `admin`, `metrics`.
+        label: what it is for.
+        created_at, expires_at: in UTC; None is never.
+    """
+
+    key_id: str
+    tenant: str
+    scopes: tuple[str, ...]
+    label: str
+    state: Literal["active", "expired", "revoked"]
+    created_at: datetime
+    expires_at: datetime | None
+
+
+class NewKey(Key):
+    """A key that was just made; nobody can ask for `key` again."""
+
+    key: str
 
 
 class TenantLimits(_Answer):

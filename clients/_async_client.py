@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import date
 from pathlib import Path
@@ -19,7 +19,9 @@ from clients import _calls as calls
 from clients._answers import (
     Generation,
     Health,
+    Key,
     KeyLimits,
+    NewKey,
     ServerInfo,
     StreamToken,
     Task,
@@ -46,7 +48,8 @@ class AsyncClient:
 
     Args:
         base_url: the server's address; default `PREFIXSERVE_URL` or `http://127.0.0.1:8000`.
-        api_key: sent as a bearer token; default `PREFIXSERVE_API_KEY` or none.
+        api_key: sent as a bearer token; default `PREFIXSERVE_API_KEY`, or the admin key that a
+            server on this machine keeps in its data directory (`PREFIXSERVE_DATA_DIR`).
         timeout: seconds without a byte from the server after which a call fails; a text that is
             not streamed arrives all at once, so this bounds its whole generation.
         max_retries: how often a call is repeated when the server is full (429), unavailable (503)
@@ -181,6 +184,36 @@ class AsyncClient:
     async def delete_version(self, task_id: str, version: str) -> None:
         """Remove a version that is neither active nor in a split."""
         await self._fetch(calls.delete_version(task_id, version))
+
+    async def share(
+        self, task_id: str, tenants: Sequence[str], *, if_match: str | None = None
+    ) -> Task:
+        """Let these tenants use a task, `public` for all of them, and no others."""
+        return await self._fetch(calls.share(task_id, tenants, if_match))
+
+    async def create_key(
+        self,
+        scopes: Sequence[str],
+        *,
+        tenant: str | None = None,
+        label: str = "",
+        expires_in: float | None = None,
+    ) -> NewKey:
+        """Make an API key, the caller's tenant's by default; this is the only time it is told.
+
+        Args:
+            scopes: of `generate`, `admin`, `metrics`.
+            expires_in: seconds until it is good no longer.
+        """
+        return await self._fetch(calls.create_key(scopes, tenant, label, expires_in))
+
+    async def list_keys(self) -> list[Key]:
+        """Every API key of the tenant, or of every tenant for the server's operator."""
+        return await self._fetch(calls.keys())
+
+    async def revoke_key(self, key_id: str) -> Key:
+        """End an API key for good."""
+        return await self._fetch(calls.revoke_key(key_id))
 
     async def all_limits(self) -> list[TenantLimits]:
         """The tenants for which limits are set."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 
@@ -14,7 +15,9 @@ import httpx
 
 from clients._answers import (
     Generation,
+    Key,
     KeyLimits,
+    NewKey,
     ServerInfo,
     Task,
     TenantLimits,
@@ -24,11 +27,14 @@ from clients._answers import (
 from clients._errors import InvalidArgumentError
 from clients._files import CountedStream, Progress
 from clients._responses import reader
+from prefix_store.data_dir import DEFAULT_DATA_DIR, admin_key_file
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_SECONDS = 5.0
 TASK_HEADER = "X-Task-Id"
 """Tells a balancer the task, so that it can send it where its prefix is; servers do not read it."""
+_LOOPBACK = re.compile(r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?(/|$)")
+_KEYS_PATH = "/admin/keys"
 
 T = TypeVar("T")
 
@@ -78,6 +84,9 @@ _generations = reader(list[Generation])
 _task = reader(Task)
 _tasks = reader(list[Task])
 _versions = reader(list[Version])
+_key = reader(Key)
+_keys = reader(list[Key])
+_new_key = reader(NewKey)
 _info = reader(ServerInfo)
 
 
@@ -85,12 +94,13 @@ def http_options(base_url: str | None, api_key: str | None, timeout: float) -> d
     """Arguments of httpx's clients.
 
     Raises:
-        InvalidArgumentError: the address is not an http one, or the key has odd characters.
+        InvalidArgumentError: the address is not an http one, or the key has odd characters or
+            cannot be read.
     """
     url = base_url or os.environ.get("PREFIXSERVE_URL") or DEFAULT_URL
     if not re.match(r"https?://[^/]", url):
         raise InvalidArgumentError(f"{url!r} is not an address such as {DEFAULT_URL}")
-    key = api_key or os.environ.get("PREFIXSERVE_API_KEY")
+    key = api_key or os.environ.get("PREFIXSERVE_API_KEY") or _own_servers_key(url)
     if key and not (key.isascii() and key.isprintable()):
         raise InvalidArgumentError("the API key has characters that no key has, e.g. a line end")
     return {
@@ -99,6 +109,21 @@ def http_options(base_url: str | None, api_key: str | None, timeout: float) -> d
         # Waiting for one of this client's own connections is no fault of the server's.
         "timeout": httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SECONDS, pool=None),
     }
+
+
+def _own_servers_key(url: str) -> str:
+    """The key that a server on this machine left in its data directory, if there is one."""
+    if not _LOOPBACK.match(url):
+        return ""
+    path = admin_key_file(Path(os.environ.get("PREFIXSERVE_DATA_DIR") or DEFAULT_DATA_DIR))
+    try:
+        return path.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"cannot read the server's key in {path}: {error.strerror}; set PREFIXSERVE_API_KEY"
+        ) from error
 
 
 def build_request(
@@ -203,6 +228,30 @@ def split(task_id: str, shares: Mapping[str, int], if_match: str | None) -> Call
 def delete_version(task_id: str, version: str) -> Call[bytes]:
     """Removal of one version."""
     return Call("DELETE", f"{_task_path(task_id)}/versions/{_segment(version)}", bytes)
+
+
+def share(task_id: str, tenants: Sequence[str], if_match: str | None) -> Call[Task]:
+    """The tenants that may use a task."""
+    body = {"json": {"tenants": list(tenants)}, **_matching(if_match)}
+    return Call("PUT", f"{_task_path(task_id)}/sharing", _task, body)
+
+
+def create_key(
+    scopes: Sequence[str], tenant: str | None, label: str, expires_in: float | None
+) -> Call[NewKey]:
+    """A new API key."""
+    fields = {"scopes": list(scopes), "tenant": tenant, "label": label, "expires_in": expires_in}
+    return Call("POST", _KEYS_PATH, _new_key, {"json": fields})
+
+
+def keys() -> Call[list[Key]]:
+    """Every API key of the tenant."""
+    return Call("GET", _KEYS_PATH, _keys)
+
+
+def revoke_key(key_id: str) -> Call[Key]:
+    """The end of an API key."""
+    return Call("DELETE", f"{_KEYS_PATH}/{_segment(key_id)}", _key)
 
 
 def all_limits() -> Call[list[TenantLimits]]:

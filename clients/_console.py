@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -22,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from clients._answers import StreamToken, Task, Version
+from clients._answers import Key, StreamToken, Task, Version
 from clients._files import Progress as OnSent
 
 if TYPE_CHECKING:
@@ -82,6 +83,28 @@ def print_versions(versions: Sequence[Version]) -> None:
             version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
         )
     print_table(table)
+
+
+def print_keys(keys: Sequence[Key]) -> None:
+    """A line for each API key, under a heading."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("KEY ID", "TENANT", "SCOPES", "STATE", "MADE", "EXPIRES", "LABEL"):
+        table.add_column(name, overflow="fold")
+    for key in keys:
+        table.add_row(
+            key.key_id,
+            Text(key.tenant),
+            ", ".join(key.scopes),
+            Text(key.state, style="" if key.state == "active" else "red"),
+            _date(key.created_at),
+            "never" if key.expires_at is None else _date(key.expires_at),
+            Text(key.label),
+        )
+    print_table(table)
+
+
+def _date(when: datetime) -> str:
+    return when.strftime("%Y-%m-%d %H:%M UTC")
 
 
 def print_fields(fields: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 from typer import Option
@@ -12,6 +13,17 @@ Url = Annotated[
     str, Option("--url", "--base-url", envvar="PREFIXSERVE_URL", help="Address of the server.")
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
+
+RedisUrl = Annotated[
+    str | None,
+    Option(
+        envvar="PREFIXSERVE_REDIS_URL",
+        help="Redis or Valkey with the store; without it, the one in the data directory.",
+    ),
+]
+DataDir = Annotated[
+    Path, Option(envvar="PREFIXSERVE_DATA_DIR", help="Data directory of the server.")
+]
 
 Base = Annotated[bool, Option("--base", help="Use the bare base model: give TEXT alone.")]
 Stream = Annotated[bool, Option("--stream", help="Print tokens as they come.")]

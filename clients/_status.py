@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict
 
 from clients._client import Client
-from clients._errors import UnavailableError
+from clients._errors import AuthenticationError, UnavailableError
 
 _RUNNING = "prefixserve_running_requests"
 _WAITING = "prefixserve_waiting_requests"
@@ -18,8 +20,10 @@ class ServerStatus(BaseModel):
     Attributes:
         reason: why it is not ready; empty when it is.
         model: the base model, what it computes in and on.
-        running, waiting: sequences that have a slot, and that wait for one.
-        tasks: number of tasks; None while the store does not answer.
+        running, waiting: sequences that have a slot, and that wait for one; None where the API key
+            does not let one know.
+        tasks: number of the tenant's tasks; None in that case too, and while the store does not
+            answer.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -29,8 +33,8 @@ class ServerStatus(BaseModel):
     ready: bool
     reason: str
     model: str
-    running: int
-    waiting: int
+    running: int | None
+    waiting: int | None
     tasks: int | None
 
     def lines(self) -> dict[str, str]:
@@ -39,29 +43,35 @@ class ServerStatus(BaseModel):
             "server": f"{self.url} (prefixserve {self.version})",
             "health": "ready" if self.ready else f"not ready: {self.reason}",
             "model": self.model,
-            "running": str(self.running),
-            "waiting": str(self.waiting),
-            "tasks": "the store does not answer" if self.tasks is None else str(self.tasks),
+            "running": _shown(self.running),
+            "waiting": _shown(self.waiting),
+            "tasks": _shown(self.tasks),
         }
 
 
 def read_status(client: Client, url: str) -> ServerStatus:
     """Ask a server how it is."""
-    health, info, gauges = client.health(), client.info(), _gauges(client.metrics())
-    try:
+    health, info = client.health(), client.info()
+    gauges: dict[str, float] = {}
+    with suppress(AuthenticationError):
+        gauges = _gauges(client.metrics())
+    tasks = None
+    with suppress(AuthenticationError, UnavailableError):
         tasks = len(client.tasks())
-    except UnavailableError:
-        tasks = None
     return ServerStatus(
         url=url,
         version=info.version,
         ready=health.ready,
         reason=health.reason,
         model=f"{info.model_id} ({info.model_dtype} on {info.model_device_type})",
-        running=int(gauges[_RUNNING]),
-        waiting=int(gauges[_WAITING]),
+        running=None if not gauges else int(gauges[_RUNNING]),
+        waiting=None if not gauges else int(gauges[_WAITING]),
         tasks=tasks,
     )
+
+
+def _shown(count: int | None) -> str:
+    return "not known" if count is None else str(count)
 
 
 def _gauges(exposition: str) -> dict[str, float]:

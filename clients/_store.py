@@ -15,25 +15,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from clients import _options as options
 from clients._console import print_checkup, print_error, print_json, progress_bar
+from prefix_store.admin_key import renew_admin_key
 from prefix_store.archive import Outcome
 from prefix_store.backup import export_store, import_store
 from prefix_store.checkup import Checkup, check_store
+from prefix_store.data_dir import DEFAULT_DATA_DIR, store_dir
 from prefix_store.errors import StoreUnavailableError
 from prefix_store.model_loading import DEFAULT_MODEL, load_base_model
-from prefix_store.opening import DEFAULT_DATA_DIR, opened_store, store_dir
+from prefix_store.opening import opened_store
 from prefix_store.redis_store import RedisPrefixStore
 
 _Folder = Annotated[Path, typer.Argument(help="Folder of the export.", metavar="DIR")]
-_RedisUrl = Annotated[
-    str | None,
-    typer.Option(
-        envvar="PREFIXSERVE_REDIS_URL",
-        help="Redis or Valkey with the store; without it, the one in the data directory.",
-    ),
-]
-_DataDir = Annotated[
-    Path, typer.Option(envvar="PREFIXSERVE_DATA_DIR", help="Data directory of the server.")
-]
 _Model = Annotated[
     str, typer.Option(envvar="PREFIXSERVE_MODEL", help="The base model that is served.")
 ]
@@ -44,11 +36,11 @@ _Overwrite = Annotated[
 
 def export(
     folder: _Folder,
-    redis_url: _RedisUrl = None,
-    data_dir: _DataDir = DEFAULT_DATA_DIR,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = DEFAULT_DATA_DIR,
     as_json: options.Json = False,
 ) -> None:
-    """Write every task and its versions to a folder; what is there already is kept."""
+    """Write every task, its versions and the hashes of the API keys to a folder."""
 
     async def run() -> Outcome:
         async with _existing_store(redis_url, data_dir) as store:
@@ -61,8 +53,8 @@ def export(
 def import_(
     folder: _Folder,
     overwrite: _Overwrite = False,
-    redis_url: _RedisUrl = None,
-    data_dir: _DataDir = DEFAULT_DATA_DIR,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = DEFAULT_DATA_DIR,
     as_json: options.Json = False,
 ) -> None:
     """Put the tasks of an exported folder into the store; mends tasks whose bytes are damaged."""
@@ -77,8 +69,8 @@ def import_(
 
 def doctor(
     model: _Model = DEFAULT_MODEL,
-    redis_url: _RedisUrl = None,
-    data_dir: _DataDir = DEFAULT_DATA_DIR,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = DEFAULT_DATA_DIR,
     as_json: options.Json = False,
 ) -> None:
     """Check every task in the store, against the base model too; exit code 1 if any is wrong."""
@@ -105,6 +97,16 @@ def doctor(
         raise typer.Exit(1)
 
 
+def new_admin_key(redis_url: str | None, data_dir: Path) -> Path:
+    """Replace the admin key that the server made; the file with the new one."""
+
+    async def run() -> Path:
+        async with _existing_store(redis_url, data_dir) as store:
+            return await renew_admin_key(store.keys, data_dir)
+
+    return asyncio.run(run())
+
+
 @asynccontextmanager
 async def _existing_store(redis_url: str | None, data_dir: Path) -> AsyncIterator[RedisPrefixStore]:
     if redis_url is None and not store_dir(data_dir).is_dir():
@@ -124,6 +126,7 @@ def _finish(outcome: Outcome, verb: str, as_json: bool) -> None:
             print_error(f"task {task_id[:80]!r} is not {verb}: {why}")
         unchanged = f", {len(outcome.unchanged)} unchanged" if outcome.unchanged else ""
         failed = f", {len(outcome.failed)} failed" if outcome.failed else ""
-        typer.echo(f"{len(outcome.done)} tasks {verb}{unchanged}{failed}")
+        keys = f"; {outcome.keys} API keys {verb}" if outcome.keys else ""
+        typer.echo(f"{len(outcome.done)} tasks {verb}{unchanged}{failed}{keys}")
     if outcome.failed:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""`prefixserve tasks`: the versions of a task."""
+"""`prefixserve tasks`: the versions of a task, and who may use it."""
 
 from __future__ import annotations
 
@@ -68,6 +68,25 @@ def split(
         if len(named) < len(wanted):
             raise InvalidArgumentError("two of these names are one version")
         _print_changed(client, client.split(task, named), as_json)
+
+
+@app.command()
+def share(
+    task: TaskName,
+    tenants: Annotated[
+        list[str] | None,
+        typer.Argument(help="Who may use it; public is everybody, none nobody.", metavar="TENANT"),
+    ] = None,
+    url: options.Url = DEFAULT_URL,
+    as_json: options.Json = False,
+) -> None:
+    """Let other tenants generate with a task, and no others than these."""
+    with Client(url) as client:
+        changed = client.share(task, tenants or [])
+    if as_json:
+        print_json(changed)
+    else:
+        typer.echo(f"{task} is shared with {', '.join(changed.shared_with) or 'nobody'}")
 
 
 @app.command(name="rm")

@@ -22,6 +22,7 @@ from clients._console import (
     progress_bar,
 )
 from clients._errors import PrefixServeError
+from clients._keys import app as keys_app
 from clients._limits import tenants_app, usage
 from clients._status import read_status
 from clients._tasks import app as tasks_app
@@ -85,6 +86,7 @@ app = typer.Typer(
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(tenants_app, name="tenants")
 app.command()(usage)
+app.add_typer(keys_app, name="keys")
 
 
 def _imported_when_called() -> None:

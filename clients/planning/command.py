@@ -16,8 +16,8 @@ from clients._errors import InvalidArgumentError
 from clients.planning.model_size import ModelSize, model_size
 from clients.planning.plan import Machine, Plan, Speed, Workload, make_plan
 from clients.planning.show import print_plan
+from prefix_store.data_dir import DEFAULT_DATA_DIR
 from prefix_store.model_loading import DEFAULT_MODEL
-from prefix_store.opening import DEFAULT_DATA_DIR
 
 _bytes = TypeAdapter(ByteSize)
 

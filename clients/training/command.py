@@ -22,13 +22,13 @@ from clients.data import Row, detokenise, read_rows
 from clients.training.run import Trained, train
 from clients.training.settings import PREFIX_METHODS, TASK, Method, TrainSettings
 from prefix_store.base_model import BaseModelSpec
+from prefix_store.data_dir import DEFAULT_DATA_DIR
 from prefix_store.model_loading import (
     DEFAULT_MODEL,
     LoadedModel,
     default_device,
     load_base_model,
 )
-from prefix_store.opening import DEFAULT_DATA_DIR
 from prefix_store.prefix import Prefix
 
 _DEFAULTS = TrainSettings()

@@ -32,6 +32,17 @@ def real_server(
         yield server
 
 
+@pytest.fixture(autouse=True)
+def own_data_dir(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the clients find the key of the real server, and no key of another one."""
+    folder = tmp_path
+    if "real_server" in request.fixturenames:
+        folder = request.getfixturevalue("real_server").data_dir
+    monkeypatch.setenv("PREFIXSERVE_DATA_DIR", str(folder))
+
+
 @pytest.fixture(params=["sync", "async"])
 def kind(request: pytest.FixtureRequest) -> str:
     """Which of the two clients."""

@@ -198,7 +198,7 @@ def test_status_of_a_server_in_trouble() -> None:
     assert result.exit_code == 1
     shown = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     values = [shown[name].strip() for name in ("health", "running", "waiting", "tasks")]
-    assert values == ["not ready: draining", "3", "4", "the store does not answer"]
+    assert values == ["not ready: draining", "3", "4", "not known"]
 
 
 def test_what_the_server_refuses_is_one_sentence(run: Run, tmp_path: Path) -> None:

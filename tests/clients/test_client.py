@@ -24,7 +24,7 @@ INPUT = "The capital of France is"
 @pytest.fixture(scope="session")
 def task(real_server: ServerProcess, prefix: Prefix) -> str:
     """A task that stays."""
-    with Client(real_server.url) as client:
+    with Client(real_server.url, api_key=real_server.key) as client:
         return client.upload("stays", prefix).task_id
 
 

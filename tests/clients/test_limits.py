@@ -62,13 +62,13 @@ def test_limits_that_are_none(run: Run) -> None:
 
 def test_usage_by_the_command(run: Run) -> None:
     run("generate", "--base", INPUT, "--max-new-tokens", "2")
-    heading, row, *_ = run("usage").stdout.splitlines()
+    heading, row, *_ = run("usage", "--tenant", "default").stdout.splitlines()
     assert heading.split() == [
         *("DAY", "TENANT", "TASK", "SEQUENCES", "PROMPT", "PREFIX", "GENERATED"),
     ]
     [first, *_] = printed(run("usage", "--json", "--tenant", "default"))
     assert row.split()[:3] == [first["day"], "default", "-"]
-    rows = list(csv.DictReader(io.StringIO(run("usage", "--csv").stdout)))
+    rows = list(csv.DictReader(io.StringIO(run("usage", "--csv", "--tenant", "default").stdout)))
     assert rows[0] == {name: str(value or "") for name, value in first.items()} | {
         "prefix_tokens": "0"
     }

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,11 @@ from redis.asyncio import Redis
 from typer.testing import CliRunner, Result
 
 from clients.cli import app
+from prefix_store.api_key import Scope, kept_of, new_key_text
 from prefix_store.artefact import Artefact
+from prefix_store.data_dir import store_dir
 from prefix_store.embedded import EmbeddedValkey
-from prefix_store.opening import opened_store, store_dir
+from prefix_store.opening import opened_store
 from prefix_store.prefix import Prefix
 from prefix_store.redis_store import RedisPrefixStore, layout
 from prefix_store.store import Task
@@ -39,13 +42,14 @@ A, B, C = (an_artefact(seed, template=f"{seed} {{source}}") for seed in range(3)
 
 
 async def with_tasks(store: RedisPrefixStore) -> None:
-    """`one` shares a version with `two`, which has three, two of them split, and is pinned."""
+    """`one` has a version that `two` has, too; that has three, two split, is pinned and shared."""
     await store.put("one", A)
     for artefact in (A, B, C):
         await store.put("two", artefact)
     await store.rollback("two")
     await store.split("two", {A.version: 10, B.version: 90})
     await store.pin("two", True)
+    await store.share("two", ["beta", "acme"])
 
 
 async def in_store(data_dir: Path, use: Callable[[RedisPrefixStore], Awaitable[T]]) -> T:
@@ -119,6 +123,7 @@ def test_a_store_comes_back_as_it_was(data_dir: Path, tmp_path: Path) -> None:
     assert before[1].split
     assert before[1].history
     assert before[1].pinned
+    assert before[1].shared_with == ("acme", "beta")
 
     exported = run("export", data_dir, folder)
     assert (exported.exit_code, exported.stdout) == (0, "2 tasks exported\n")
@@ -165,7 +170,12 @@ def test_beside_a_server_that_runs(data_dir: Path, tmp_path: Path) -> None:
         by_url = run("export", tmp_path / "none", tmp_path / "export", "--redis-url", owner.url)
         runner.run(owner.stop())
 
-    assert json.loads(done.stdout) == {"done": ["one", "two"], "unchanged": [], "failed": {}}
+    assert json.loads(done.stdout) == {
+        "done": ["one", "two"],
+        "unchanged": [],
+        "failed": {},
+        "keys": 0,
+    }
     assert by_url.stdout == "0 tasks exported, 2 unchanged\n"
 
 
@@ -254,6 +264,62 @@ def test_a_damaged_task_is_not_exported_and_an_import_mends_it(
     assert run("doctor", data_dir, "--model", tiny_llama_dir).exit_code == 0
 
 
+def test_tenants_and_the_hashes_of_keys_come_along(data_dir: Path, tmp_path: Path) -> None:
+    folder, other = tmp_path / "export", tmp_path / "other"
+    text = new_key_text()
+    key = kept_of(text, "acme", [Scope.GENERATE, Scope.ADMIN], label="a", now=1.0, expires_at=9.0)
+
+    async def add(store: RedisPrefixStore) -> None:
+        await store.put("acme/one", an_artefact(7))
+        await store.keys.change(key.key_id, lambda _: key)
+
+    async def revoke(store: RedisPrefixStore) -> None:
+        await store.keys.change(key.key_id, lambda _: replace(key, revoked_at=2.0))
+
+    asyncio.run(in_store(data_dir, add))
+    exported = run("export", data_dir, folder)
+    assert exported.stdout == "3 tasks exported; 1 API keys exported\n"
+    assert text.split("-", 2)[2] not in (folder / "tasks.json").read_text()
+    imported = run("import", other, folder)
+    assert imported.stdout == "3 tasks imported; 1 API keys imported\n"
+    assert [task.task_id for task in tasks_in(other)] == ["acme/one", "one", "two"]
+    assert asyncio.run(in_store(other, lambda store: store.keys.list())) == [key]
+
+    asyncio.run(in_store(other, revoke))
+    assert run("import", other, folder, "--overwrite").stdout == "0 tasks imported, 3 unchanged\n"
+    [kept] = asyncio.run(in_store(other, lambda store: store.keys.list()))
+    assert kept.revoked_at == 2.0, "an export gives back nothing that was taken"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("digest", "00"),
+        ("tenant", "A/B"),
+        ("scopes", ["root"]),
+        ("created_at", "now"),
+        ("more", 1),
+    ],
+)
+def test_an_export_with_a_damaged_key_changes_nothing(
+    data_dir: Path, tmp_path: Path, field: str, value: object
+) -> None:
+    folder, other = tmp_path / "export", tmp_path / "other"
+    key = kept_of(new_key_text(), "acme", Scope, label="", now=1.0)
+    asyncio.run(in_store(data_dir, lambda store: store.keys.change(key.key_id, lambda _: key)))
+    run("export", data_dir, folder)
+    index = json.loads((folder / "tasks.json").read_text())
+    index["keys"][key.key_id][field] = value
+    (folder / "tasks.json").write_text(json.dumps(index))
+
+    result = run("import", other, folder)
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"API key '{key.key_id}' is damaged" in result.stderr
+    assert asyncio.run(in_store(other, lambda store: store.keys.list())) == []
+    assert tasks_in(other) == []
+
+
 def test_no_export_and_no_store(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = run("import", tmp_path / "data", tmp_path / "empty")
@@ -304,6 +370,8 @@ def test_the_doctor_finds_nothing_wrong(data_dir: Path, tiny_llama_dir: Path) ->
         (lambda redis: redis.hdel(layout.BLOBS, C.version), "two", "not in the store"),
         (lambda redis: redis.hset(layout.TASKS, "two", "{}"), "two", "cannot be read"),
         (lambda redis: redis.hset(layout.USERS, A.version, 3), "", "number of tasks"),
+        (lambda redis: redis.hdel(layout.SHARED, "two"), "two", "list of shared tasks"),
+        (lambda redis: redis.hset(layout.KEYS, "abc", "{}"), "", "API key cannot be read"),
         (
             lambda redis: redis.hset(layout.BLOBS, "sha256:0", "sha256:0:u:0:4"),
             "",
@@ -315,7 +383,20 @@ def test_the_doctor_finds_nothing_wrong(data_dir: Path, tiny_llama_dir: Path) ->
             "no task keeps it",
         ),
     ],
-    ids=["truncated", "chunk", "hash", "blob", "task", "count", "unreferenced", "lost"],
+    ids=(
+        [
+            "truncated",
+            "chunk",
+            "hash",
+            "blob",
+            "task",
+            "count",
+            "shared",
+            "key",
+            "unreferenced",
+            "lost",
+        ]
+    ),
 )
 def test_the_doctor_finds_damage(
     data_dir: Path, tiny_llama_dir: Path, do: Damage, task_id: str, says: str

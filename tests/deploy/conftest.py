@@ -25,7 +25,7 @@ def replicas(
     folder = tmp_path_factory.mktemp("replicas")
     with ExitStack() as opened:
         port = opened.enter_context(valkey(folder / "valkey"))
-        flags = ("--dtype", "float32", "--redis-url", f"redis://{HOST}:{port}")
+        flags = ("--no-auth", "--dtype", "float32", "--redis-url", f"redis://{HOST}:{port}")
         flags += ("--prefix-cache-bytes", str(ROOM * PREFIX_BYTES))
 
         def start(name: str) -> ServerProcess:

@@ -104,7 +104,7 @@ def test_the_log_is_json_and_holds_no_prompt_and_no_key(
         running_server(endless_dir, tmp_path, *flags) as server,
         httpx.Client(base_url=server.url, timeout=60) as client,
     ):
-        head = {"Authorization": f"Bearer {secret}"}
+        head = server.headers
         bodies: list[Any] = [
             {"inputs": secret, "parameters": {"max_new_tokens": 2}},
             {"inputs": secret, "user": secret, "parameters": {"max_new_tokens": 99_999}},
@@ -117,7 +117,8 @@ def test_the_log_is_json_and_holds_no_prompt_and_no_key(
         client.post("/generate", content=f"{{{secret}", headers=head)
         client.put("/admin/tasks/new", json={"text": secret}, headers=head)
         client.put("/admin/tasks/new", files={"file": secret.encode()}, headers=head)
-        client.get("/info", headers={"X-Request-Id": "mine"})
+        client.get("/info", headers={"Authorization": f"Bearer {secret}"})
+        client.get("/info", headers={**head, "X-Request-Id": "mine"})
         server.stop()
     lines = server.log.read_text().splitlines()
     logged = [json.loads(line) for line in lines if line.startswith("{")]
@@ -133,3 +134,4 @@ def test_the_log_is_json_and_holds_no_prompt_and_no_key(
     assert not any("opentelemetry.exporter" in line for line in others)  # an option
     for path in (server.log, tmp_path / "audit.jsonl"):
         assert secret not in path.read_text()
+        assert server.key.split("-", 2)[2] not in path.read_text()

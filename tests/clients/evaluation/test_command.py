@@ -30,7 +30,7 @@ LENGTH = 12
 def tasks(real_server: ServerProcess, prefix: Prefix) -> Iterator[tuple[str, str]]:
     """Two tasks that write different texts."""
     names = ("eval-one", "eval-two")
-    with Client(real_server.url) as client:
+    with Client(real_server.url, api_key=real_server.key) as client:
         client.upload(names[0], prefix)
         client.upload(names[1], text="Something else.")
         yield names
@@ -43,7 +43,7 @@ def data(
     real_server: ServerProcess, tasks: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Rows that the first task is perfect at, with one reference, two, three and so on."""
-    with Client(real_server.url) as client:
+    with Client(real_server.url, api_key=real_server.key) as client:
         answers = client.generate(SOURCES, task_id=tasks[0], max_new_tokens=LENGTH)
     path = tmp_path_factory.mktemp("eval") / "dev.jsonl"
     with path.open("w") as file:
