@@ -120,6 +120,18 @@ async def test_each_beam_takes_a_place_in_the_queue(tiny_llama: LoadedModel) -> 
         assert await tokens(alone) == greedy(tiny_llama, None, (9, 10), 5)[0]
 
 
+async def test_a_flood_does_not_shut_another_tenant_out(tiny_llama: LoadedModel) -> None:
+    async with running(tiny_llama) as engine:
+        for i in range(3):
+            engine.submit(GenerationRequest(str(i), (9, 10), ENDLESS, tenant="flood"))
+        with pytest.raises(QueueFullError, match="the queue is full"):
+            engine.submit(GenerationRequest("more", (9, 10), ENDLESS, tenant="flood"))
+        guest = GenerationRequest("guest", (9, 10), SamplingParams(5), tenant="guest")
+        assert await tokens(engine.submit(guest)) == greedy(tiny_llama, None, (9, 10), 5)[0]
+        with pytest.raises(ValueError, match="a weight is a number above 0, not 0"):
+            engine.submit(GenerationRequest("none", (9, 10), ENDLESS, weight=0))
+
+
 async def test_closing_a_stream_frees_its_slot(tiny_llama: LoadedModel) -> None:
     async with running(tiny_llama) as engine:
         streams = [engine.submit(GenerationRequest(n, (9, 10), ENDLESS)) for n in "ab"]

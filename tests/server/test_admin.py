@@ -173,10 +173,12 @@ def test_metrics_tell_what_was_done(server: LiveServer) -> None:
     answered = server.metric("requests_total", task="middle", status="200")
     counted = [f"{name}_count" for name in ("time_to_first_token_seconds", "request_seconds")]
     timed = [server.metric(name) for name in counted]
+    queued = server.metric("queue_seconds_count", tenant="default")
     server.generate("Hello", "middle", max_new_tokens=7)
     server.stream("Hello", "middle", max_new_tokens=7)
     assert [server.metric(name, task="middle") for name in names] == [before[0] + 2, before[1] + 14]
     assert server.metric("requests_total", task="middle", status="200") == answered + 2
     assert [server.metric(name) for name in counted] == [timed[0] + 2, timed[1] + 2]
+    assert server.metric("queue_seconds_count", tenant="default") == queued + 2
     text = server.client.get("/metrics").text
     assert re.search(r'prefixserve_build_info\{.*model=".*endless-llama"', text)
