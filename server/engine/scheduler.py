@@ -69,7 +69,10 @@ class SlotMove:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Carry out `moves` in their order; then `sequences` have slots that are theirs to write to."""
+    """Carry out `moves` in their order; then `sequences` have slots that are theirs to write to.
+
+    A move may be of one of `sequences`, in whose slot nothing is yet.
+    """
 
     moves: tuple[SlotMove, ...]
     sequences: tuple[Sequence, ...]

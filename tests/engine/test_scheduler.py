@@ -45,7 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def admit(self) -> None:
         admission = self.scheduler.admit()
-        self.follow(list(admission.moves))
+        self.follow(list(admission.moves), admitting=True)
         waiting = list(self.scheduler.waiting)
         for slot, holder in list(self.slot_holds.items()):
             if holder.slot == NO_SLOT:  # it was preempted, and nobody was moved there
@@ -71,13 +71,18 @@ class SchedulerMachine(RuleBasedStateMachine):
                     other.arrived_at > sequence.arrived_at or other.was_preempted
                 )
 
-    def follow(self, moves: list[SlotMove]) -> None:
-        """Carry out moves; a slot that is moved into was given up."""
+    def follow(self, moves: list[SlotMove], *, admitting: bool = False) -> None:
+        """Carry out moves; a slot that is moved into was given up.
+
+        While admitting, what is moved may have got its slot just now: then nothing is there yet.
+        """
         for move in moves:
+            gone = self.slot_holds.pop(move.target, None)
+            assert gone is None or gone.slot == NO_SLOT
+            if admitting and move.source not in self.slot_holds:
+                continue
             moved = self.slot_holds.pop(move.source)
             assert move.length == moved.length
-            if (gone := self.slot_holds.get(move.target)) is not None:
-                assert gone.slot == NO_SLOT
             self.slot_holds[move.target] = moved
 
     @rule()
