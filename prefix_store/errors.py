@@ -21,6 +21,10 @@ class PrefixTooLargeError(PrefixStoreError):
     """The upload is over the configured size, or the prefix over the memory for all of them."""
 
 
+class QuotaExceededError(PrefixStoreError):
+    """The tenant may not store so much; waiting does not help."""
+
+
 class CacheFullError(PrefixStoreError):
     """Running requests and pins leave no room for this prefix; it may succeed later."""
 

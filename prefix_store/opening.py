@@ -55,6 +55,7 @@ async def opened_store(
             ) from error
         stack.push_async_callback(store.close)
         await store.ping()
+        await store.measure()
         for risk in () if embedded else await store.risks():
             logger.warning("the prefix store may lose what it acknowledged: %s", risk)
         yield store

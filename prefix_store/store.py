@@ -10,6 +10,7 @@ from typing import Protocol
 from prefix_store.api_key import ApiKey
 from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
+from prefix_store.quota import NO_QUOTA, Quota
 from prefix_store.task import Task, TaskRecord
 
 __all__ = ["Audit", "Changes", "KeyStore", "PrefixStore", "Subscription", "Task", "TaskRecord"]
@@ -107,15 +108,18 @@ class PrefixStore(Protocol):
         *,
         activate: bool = True,
         condition: Condition = ALWAYS,
+        quota: Quota = NO_QUOTA,
     ) -> TaskRecord:
         """Give `task_id` another version.
 
         Args:
             activate: make it the active one and end a split; else the task must exist.
+            quota: what its tenant may store; looked at in the step that makes the change.
 
         Raises:
             InvalidTaskIdError: `check_stored_name` refuses the name.
             UnknownTaskError: no task of this name, and `activate` is false.
+            QuotaExceededError: its tenant would store more than it may.
         """
 
     async def restore(

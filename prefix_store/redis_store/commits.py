@@ -9,10 +9,12 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 
+from prefix_store.quota import NO_QUOTA, Quota
 from prefix_store.redis_store import layout
 from prefix_store.redis_store.blobs import CondemnedError
 from prefix_store.redis_store.layout import Blob
 from prefix_store.store import Changes
+from prefix_store.task_id import owner_and_name
 
 MAX_CHANGES = 10_000
 _NONCES = 2**62
@@ -22,15 +24,28 @@ _START = "0-0"
 # because its answer was lost, is known by its text and not made twice.
 _COMMIT = """
 local kind, name, expected, new, sharing = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local nonce, most, channel, last_blob = ARGV[6], ARGV[7], ARGV[8], 9 + 3 * ARGV[9]
-local entries, shared, blobs, users, pending, garbage, revision, changes = unpack(KEYS)
+local nonce, most, channel, size = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
+local max_bytes, max_tasks = tonumber(ARGV[10]), tonumber(ARGV[11])
+local last_blob = 12 + 3 * ARGV[12]
+local entries, stored, shared, blobs, users, pending, garbage, revision, changes = unpack(KEYS)
 local current = redis.call('HGET', entries, name) or ''
 if current == new then return 'done' end
 if current ~= expected then return 'changed' end
-for i = 10, last_blob, 3 do
+if kind == 'task' and new ~= '' then
+  local had = tonumber(redis.call('HGET', stored, name)) or 0
+  if current == '' and max_tasks and redis.call('HLEN', stored) >= max_tasks then
+    return 'tasks'
+  end
+  if max_bytes and size > had then
+    local total = size - had
+    for _, count in ipairs(redis.call('HVALS', stored)) do total = total + count end
+    if total > max_bytes then return 'bytes' .. total end
+  end
+end
+for i = 13, last_blob, 3 do
   if not redis.call('ZSCORE', pending, ARGV[i]) then return 'condemned' end
 end
-for i = 10, last_blob, 3 do
+for i = 13, last_blob, 3 do
   local blob, version, is_new = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   redis.call('ZREM', pending, blob)
   local old = redis.call('HGET', blobs, version)
@@ -50,6 +65,13 @@ if new == '' then
   redis.call('HDEL', entries, name)
 else
   redis.call('HSET', entries, name, new)
+end
+if kind == 'task' then
+  if new == '' then
+    redis.call('HDEL', stored, name)
+  else
+    redis.call('HSET', stored, name, size)
+  end
 end
 local told = {kind, name}
 if kind == 'task' and (redis.call('HGET', shared, name) or '') ~= sharing then
@@ -104,6 +126,8 @@ class Commits:
         after: str,
         *,
         sharing: str = "",
+        size: int = 0,
+        quota: Quota = NO_QUOTA,
         blobs: Iterable[tuple[Blob, bool]] = (),
         dropped: Iterable[str] = (),
     ) -> bool:
@@ -112,23 +136,33 @@ class Commits:
         Args:
             before, after: its text; empty is none.
             sharing: what the list of shared tasks has of the task then; empty is nothing.
+            size: bytes of all versions that the task keeps then.
+            quota: of the tenant.
             blobs: sealed, of versions that the task has now, and whether it had each before.
             dropped: versions that the task has no longer.
 
         Raises:
             CondemnedError: a blob is no longer pending.
+            QuotaExceededError: the task would grow over it.
         """
         nonce = random.randrange(_NONCES)  # noqa: S311
         args: list[Any] = [kind.word, name, before, after, sharing, nonce]
-        args += [MAX_CHANGES, layout.CHANGED]
+        args += [MAX_CHANGES, layout.CHANGED, size]
+        args += ["" if most is None else most for most in (quota.nbytes, quota.tasks)]
         written = [(blob.name, blob.version, int(not had)) for blob, had in blobs]
         args.append(len(written))
         for one in written:
             args += one
         args += dropped
-        outcome = await self._commit(keys=[kind.entries, *_COMMON_KEYS], args=args)
+        tenant = owner_and_name(name)[0]
+        keys = [kind.entries, layout.stored(tenant), *_COMMON_KEYS]
+        outcome: bytes = await self._commit(keys=keys, args=args)
         if outcome == b"condemned":
             raise CondemnedError
+        if outcome == b"tasks":
+            raise quota.too_many_tasks(tenant)
+        if outcome.startswith(b"bytes"):
+            raise quota.too_many_bytes(tenant, int(outcome.removeprefix(b"bytes")))
         return bool(outcome == b"done")
 
     async def changes(self, since: str | None) -> Changes:

@@ -10,6 +10,7 @@ one node; the chunks of a blob share a tag of their own, so that blobs spread ov
     {prefixserve}:users      hash    version -> how many tasks keep it
     {prefixserve}:pending    zset    name of a blob that is being written -> unix time it expires
     {prefixserve}:garbage    set     names of blobs to delete
+    {prefixserve}:stored:<tenant>  hash  task_id -> bytes of all versions that the task keeps
     {prefixserve}:revision   string  number of the last change
     {prefixserve}:changes    stream  the last changes; an id is `<revision>-<random>`
     {prefixserve}:changed    channel a message at each change
@@ -42,7 +43,15 @@ CHANGES = f"{_TAG}:changes"
 CHANGED = f"{_TAG}:changed"
 BARRIER = f"{_TAG}:barrier"
 
+STORED = f"{_TAG}:stored"
+"""There once the hashes of this name have every task: stores of before do not have them."""
+
 CHUNK_BYTES = 4 * 1024 * 1024
+
+
+def stored(tenant: str) -> str:
+    """The hash with the sizes of a tenant's tasks."""
+    return f"{STORED}:{tenant}"
 
 
 @dataclass(frozen=True, slots=True)

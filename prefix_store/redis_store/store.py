@@ -14,6 +14,7 @@ from redis.asyncio.client import PubSub
 from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
 from prefix_store.errors import PrefixStoreError, UnknownTaskError
+from prefix_store.quota import NO_QUOTA, Quota
 from prefix_store.redis_store import layout
 from prefix_store.redis_store.audit import audit
 from prefix_store.redis_store.blobs import Blobs, CondemnedError
@@ -115,6 +116,7 @@ class RedisPrefixStore:
         *,
         activate: bool = True,
         condition: Condition = ALWAYS,
+        quota: Quota = NO_QUOTA,
     ) -> TaskRecord:
         """See `PrefixStore.put`."""
         record = artefact.record(check_stored_name(task_id), time.time())
@@ -128,8 +130,10 @@ class RedisPrefixStore:
             return created(record)
 
         async with self._connected.reaching():
-            step((await self._tasks.snapshot(task_id)).task)  # before any byte is written
-            await self._publish(task_id, [artefact], step)
+            # Before any byte is written.
+            after = step((await self._tasks.snapshot(task_id)).task)
+            await self._tasks.check_quota(after, quota)
+            await self._publish(task_id, [artefact], step, quota)
         return record
 
     async def restore(
@@ -243,6 +247,11 @@ class RedisPrefixStore:
         async with self._connected.reaching():
             return await audit(self._client)
 
+    async def measure(self) -> None:
+        """Write down the sizes of tasks, in a store that is older than quotas."""
+        async with self._connected.reaching():
+            await self._tasks.measure()
+
     async def ping(self) -> None:
         """See `PrefixStore.ping`."""
         async with self._connected.reaching():
@@ -258,7 +267,11 @@ class RedisPrefixStore:
         await self._connected.close()
 
     async def _publish(
-        self, task_id: str, artefacts: Sequence[Artefact], step: Callable[[Task | None], Task]
+        self,
+        task_id: str,
+        artefacts: Sequence[Artefact],
+        step: Callable[[Task | None], Task],
+        quota: Quota = NO_QUOTA,
     ) -> None:
         """Write the bytes, then change the task to have them; again if that took too long."""
         while True:
@@ -269,7 +282,7 @@ class RedisPrefixStore:
                     for index in range(len(blobs[-1].keys)):
                         await self._blobs.write(blobs[-1], index, artefact.data)
                     await self._blobs.seal(blobs[-1])
-                await self._tasks.change(task_id, step, blobs)
+                await self._tasks.change(task_id, step, blobs, quota)
             except (CondemnedError, PrefixStoreError) as error:
                 for blob in blobs:
                     await self._blobs.abandon(blob)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
 from redis.asyncio import Redis
 
 from prefix_store.errors import UnknownTaskError
+from prefix_store.quota import NO_QUOTA, Quota
 from prefix_store.redis_store import layout
 from prefix_store.redis_store.commits import Commits, Kind
 from prefix_store.redis_store.layout import (
@@ -34,12 +36,21 @@ class Snapshot:
     task: Task | None
 
 
+# A task that changes meanwhile gets its size by that.
+_MEASURE = """
+if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then
+  redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[3])
+end
+"""
+
+
 class Tasks:
     """The tasks of a store. Errors of the client pass through."""
 
     def __init__(self, client: Redis, commits: Commits) -> None:
         self._client = client
         self._commits = commits
+        self._measure = client.register_script(_MEASURE)
 
     async def snapshot(self, task_id: str) -> Snapshot:
         """The task now."""
@@ -69,29 +80,67 @@ class Tasks:
         )
         return {name.decode(): sharing_from_json(text) for name, text in found.items()}
 
+    async def measure(self) -> None:
+        """Write down the sizes of tasks, in a store that is older than quotas."""
+        if await self._client.exists(layout.STORED):
+            return
+        async for name, text in self._client.hscan_iter(layout.TASKS, count=_SCANNED):
+            task_id = name.decode()
+            with suppress(ValueError, KeyError, TypeError):  # a damaged one; `audit` tells of it
+                size = _size(task_from_json(task_id, text))
+                keys = [layout.TASKS, layout.stored(owner_and_name(task_id)[0])]
+                await self._measure(keys=keys, args=[name, text, size])
+        await self._client.set(layout.STORED, 1)
+
+    async def check_quota(self, task: Task, quota: Quota) -> None:
+        """Refuse a task that would be refused when it is changed to this.
+
+        Raises:
+            QuotaExceededError
+        """
+        if quota != NO_QUOTA:
+            owner = owner_and_name(task.task_id)[0]
+            found = self._client.hgetall(layout.stored(owner))
+            sizes = await cast("asyncio.Future[dict[bytes, bytes]]", found)
+            stored = {name.decode(): int(size) for name, size in sizes.items()}
+            quota.check(owner, task.task_id, _size(task), stored)
+
     async def change(
-        self, task_id: str, step: Callable[[Task | None], Task | None], blobs: Sequence[Blob] = ()
+        self,
+        task_id: str,
+        step: Callable[[Task | None], Task | None],
+        blobs: Sequence[Blob] = (),
+        quota: Quota = NO_QUOTA,
     ) -> Task | None:
         """Replace a task by what `step` makes of it; None is no task. What it raises is raised.
 
         Args:
             step: called again when another change came in between.
             blobs: sealed, one of each version that the change writes.
+            quota: of its tenant.
 
         Raises:
             CondemnedError: a blob is no longer pending.
+            QuotaExceededError: it would grow over it.
         """
         while True:
             before = await self.snapshot(task_id)
             after = step(before.task)
-            if await self.commit(before, after, blobs):
+            if await self.commit(before, after, blobs, quota):
                 return after
 
-    async def commit(self, before: Snapshot, after: Task | None, blobs: Sequence[Blob]) -> bool:
+    async def commit(
+        self,
+        before: Snapshot,
+        after: Task | None,
+        blobs: Sequence[Blob],
+        quota: Quota = NO_QUOTA,
+    ) -> bool:
         """Replace the task in one step, if it is still as it was read.
 
         Raises:
             CondemnedError: a blob is no longer pending.
+            QuotaExceededError: it would grow over the quota.
         """
         old = _versions(before.task)
         return await self._commits.commit(
@@ -100,6 +149,8 @@ class Tasks:
             before.text,
             "" if after is None else task_to_json(after),
             sharing=sharing_to_json(after),
+            size=_size(after),
+            quota=quota,
             blobs=[(blob, blob.version in old) for blob in blobs],
             dropped=sorted(old - _versions(after)),
         )
@@ -114,6 +165,10 @@ def existing(snapshot: Snapshot) -> Task:
     if snapshot.task is None:
         raise UnknownTaskError.named(owner_and_name(snapshot.task_id)[1])
     return snapshot.task
+
+
+def _size(task: Task | None) -> int:
+    return 0 if task is None else sum(kept.nbytes for kept in task.versions)
 
 
 def _versions(task: Task | None) -> set[str]:

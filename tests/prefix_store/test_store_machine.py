@@ -217,6 +217,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.collect()
         users = self._users()
         assert self._hash(layout.USERS) == {name: str(count) for name, count in users.items()}
+        sizes = {
+            task.task_id: str(sum(record.nbytes for record in task.versions))
+            for task in self.model.values()
+        }
+        assert self._hash(layout.stored("default")) == sizes
         names = self._hash(layout.BLOBS)
         assert set(names) == set(users)
         used = {key for name in names.values() for key in Blob.named(name.encode()).keys}
