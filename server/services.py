@@ -118,7 +118,14 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
         audit_log = settings.audit_log or settings.data_dir / "audit.jsonl"
         audit = await stack.enter_async_context(AuditLog(audit_log))
         tasks = TaskService(
-            store, directory, engine, tokenizer, metrics, prefixes=prefixes, pins=pins
+            store,
+            directory,
+            engine,
+            tokenizer,
+            metrics,
+            prefixes=prefixes,
+            pins=pins,
+            limits=accounting.limiter.book,
         )
         services = Services(
             settings=settings,

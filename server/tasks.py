@@ -10,9 +10,10 @@ from contextlib import asynccontextmanager, suppress
 from prefix_store.artefact import Artefact
 from prefix_store.condition import ALWAYS, Condition
 from prefix_store.directory import Directory
-from prefix_store.errors import StoreUnavailableError, UnknownTaskError
+from prefix_store.errors import PrefixTooLargeError, StoreUnavailableError, UnknownTaskError
 from prefix_store.groups import DECODER
 from prefix_store.prefix import Prefix
+from prefix_store.quota import Quota
 from prefix_store.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
 from prefix_store.task import Task, TaskRecord
@@ -20,6 +21,8 @@ from prefix_store.task_id import check_stored_name, name_for, owner_and_name, st
 from prefix_store.tensor_file import Buffer
 from prefix_store.upload import read_upload
 from prefix_store.validate import check_fits
+from server.accounting.book import LimitsBook
+from server.accounting.limits import TenantLimits
 from server.engine.protocol import Engine
 from server.errors import InvalidRequestError
 from server.metrics import Metrics
@@ -41,10 +44,12 @@ class TaskService:
         *,
         prefixes: ResidentPrefixes,
         pins: Pins,
+        limits: LimitsBook,
     ) -> None:
         """
         Args:
             directory: follows `store`.
+            limits: what tenants may store.
         """
         self._store = store
         self._directory = directory
@@ -53,6 +58,7 @@ class TaskService:
         self._metrics = metrics
         self._prefixes = prefixes
         self._pins = pins
+        self._limits = limits
 
     @property
     def store_connected(self) -> bool:
@@ -71,13 +77,16 @@ class TaskService:
 
         Raises:
             InvalidTaskIdError, InvalidPrefixError, PrefixTooLargeError, UnknownTaskError,
-            PreconditionFailedError, EngineFailedError, StoreUnavailableError: nothing is stored
-            then.
+            PreconditionFailedError, QuotaExceededError, EngineFailedError, StoreUnavailableError:
+            nothing is stored then.
         """
         check_stored_name(task_id)
+        limits = await self._limits_of(task_id)
         upload = await asyncio.to_thread(self._read_upload, files)
+        prefix = upload if isinstance(upload, SoftPrompt) else upload.prefix
+        _check_length(prefix.prefix_length, limits)
         artefact = await self._compute(upload) if isinstance(upload, SoftPrompt) else upload
-        return await self._put(task_id, artefact, activate, condition)
+        return await self._put(task_id, artefact, limits, activate, condition)
 
     async def upload_text(
         self, task_id: str, text: str, *, activate: bool = True, condition: Condition = ALWAYS
@@ -86,18 +95,21 @@ class TaskService:
 
         Raises:
             InvalidTaskIdError, InvalidRequestError, PrefixTooLargeError, UnknownTaskError,
-            PreconditionFailedError, EngineFailedError, StoreUnavailableError: nothing is stored
-            then.
+            PreconditionFailedError, QuotaExceededError, EngineFailedError, StoreUnavailableError:
+            nothing is stored then.
         """
         check_stored_name(task_id)
+        limits = await self._limits_of(task_id)
         token_ids = await self._tokenizer.encode(text)
         longest = self._prefixes.max_prefix_length
         if not 1 <= len(token_ids) <= longest:
             raise InvalidRequestError(
                 f"the text has {len(token_ids)} tokens; expected 1 to {longest}"
             )
+        _check_length(len(token_ids), limits)
         self._prefixes.check_size(len(token_ids), (DECODER,))
-        return await self._put(task_id, await self._compute(token_ids), activate, condition)
+        artefact = await self._compute(token_ids)
+        return await self._put(task_id, artefact, limits, activate, condition)
 
     async def get(self, task_id: str) -> Task:
         """The task now.
@@ -227,11 +239,23 @@ class TaskService:
         self._prefixes.check_size(prefix.prefix_length, groups)
         return upload
 
+    async def _limits_of(self, task_id: str) -> TenantLimits:
+        """What the task's tenant may store."""
+        return (await self._limits.allowance(owner_and_name(task_id)[0])).tenant
+
     async def _put(
-        self, task_id: str, artefact: Artefact, activate: bool, condition: Condition
+        self,
+        task_id: str,
+        artefact: Artefact,
+        limits: TenantLimits,
+        activate: bool,
+        condition: Condition,
     ) -> TaskRecord:
+        quota = Quota(nbytes=limits.stored_bytes, tasks=limits.tasks)
         async with self._changing(task_id):
-            return await self._store.put(task_id, artefact, activate=activate, condition=condition)
+            return await self._store.put(
+                task_id, artefact, activate=activate, condition=condition, quota=quota
+            )
 
     @asynccontextmanager
     async def _changing(self, task_id: str) -> AsyncIterator[None]:
@@ -249,3 +273,11 @@ class TaskService:
         except StoreUnavailableError:
             self._metrics.store_errors.inc()
             raise
+
+
+def _check_length(prefix_length: int, limits: TenantLimits) -> None:
+    most = limits.prefix_tokens
+    if most is not None and prefix_length > most:
+        raise PrefixTooLargeError(
+            f"the prefix has {prefix_length} positions; this tenant's may have at most {most}"
+        )

@@ -9,7 +9,3 @@ class LimitExceededError(ServerError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
-
-
-class QuotaExceededError(ServerError):
-    """The tenant may not store this; waiting does not help."""

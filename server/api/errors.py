@@ -22,13 +22,14 @@ from prefix_store.errors import (
     PinsFullError,
     PreconditionFailedError,
     PrefixTooLargeError,
+    QuotaExceededError,
     StoreUnavailableError,
     UnknownKeyError,
     UnknownTaskError,
     UnknownVersionError,
     VersionConflictError,
 )
-from server.accounting.errors import LimitExceededError, QuotaExceededError
+from server.accounting.errors import LimitExceededError
 from server.api.schemas import ErrorResponse
 from server.engine.protocol import (
     EngineFailedError,
