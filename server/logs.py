@@ -59,6 +59,7 @@ class _Json(JsonFormatter):
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
         facts = log_data.pop("facts", {})
+        log_data.pop("color_message", None)  # uvicorn's, for terminals
         if not log_data.get("request_id"):
             log_data.pop("request_id", None)
         return {**log_data, **facts}

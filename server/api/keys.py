@@ -13,6 +13,7 @@ from server.api.dependencies import AdminCaller, ServicesDep
 from server.api.parameters import RequestModel
 from server.api.schemas import AnswerModel, ErrorResponse
 from server.callers import Scope
+from server.request_context import current_request
 
 _MAX_LABEL_CHARS = 100
 _TEN_YEARS = 10 * 366 * 86_400
@@ -93,6 +94,7 @@ async def create(body: KeyRequest, services: ServicesDep, caller: AdminCaller) -
         label=body.label,
         expires_in=body.expires_in,
     )
+    current_request().target.update(tenant=key.tenant, key_id=key.key_id)
     return NewKeyResponse(key=text, **_answer(key).model_dump())
 
 

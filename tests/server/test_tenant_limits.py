@@ -130,6 +130,15 @@ def test_only_the_operator_sets_limits_and_sees_anothers(
     )
 
 
+def test_the_audit_log_says_which_key_was_made(
+    tenant: str, keys: tuple[Key, Key], data_dir: Path
+) -> None:
+    made = json.loads((data_dir / "audit.jsonl").read_text().splitlines()[-1])
+    assert made["action"] == "POST /admin/keys"
+    assert made["target"] == {"tenant": tenant, "key_id": keys[1].key_id}
+    assert (made["tenant"], made["key_id"]) == ("default", "admin")
+
+
 def test_usage_is_a_tenants_own(server: LiveServer, tenant: str, keys: tuple[Key, Key]) -> None:
     key = keys[0]
     key.ask(max_new_tokens=5)

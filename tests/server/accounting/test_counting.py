@@ -16,6 +16,7 @@ from server.accounting.counting import Charged, Counting
 from server.accounting.reaching import Breaker
 from server.accounting.redis_counters import RedisCounters
 
+DEADLINE_SECONDS = 30
 REQUESTS = Meter("acme", "tenant", "requests")
 TOKENS = Meter("acme", "tenant", "tokens")
 RUNNING = Meter("acme", "tenant", "running")
@@ -78,8 +79,9 @@ async def test_what_a_server_holds_is_renewed_while_it_runs(redis: Redis) -> Non
     key = "prefixserve.limits:{acme}:tenant:running"
     for _ in range(3):  # three times its time
         clock.ms += LEASE_SECONDS * 1000 - 1
-        while await redis.zscore(key, "a") != clock.ms + LEASE_SECONDS * 1000:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while await redis.zscore(key, "a") != clock.ms + LEASE_SECONDS * 1000:
+                await asyncio.sleep(0)
     assert isinstance(await other.take(one(RUNNING, 1), ["b"]), Refused)
     await running.release(charged, [RUNNING], "a")
     assert isinstance(await other.take(one(RUNNING, 1), ["b"]), Charged)
