@@ -20,6 +20,7 @@ from server.api.dependencies import AdminCaller, ServicesDep
 from server.api.openai.errors import OpenAIErrorResponse
 from server.api.parameters import RequestModel
 from server.errors import ForbiddenError, InvalidRequestError
+from server.request_context import current_request
 
 router = APIRouter(prefix="/v1", tags=["vLLM's adapters"])
 
@@ -57,6 +58,7 @@ async def load_lora_adapter(
     body: LoadAdapter, services: ServicesDep, caller: AdminCaller
 ) -> PlainTextResponse:
     """Upload the adapter in a folder of the server's machine as a task; for its operator."""
+    current_request().target["task_id"] = body.lora_name
     if not caller.is_operator:
         raise ForbiddenError("the adapters on this machine are for the server's operator to load")
     name, folder = body.lora_name, services.settings.adapter_dir
@@ -87,6 +89,7 @@ async def unload_lora_adapter(
     body: UnloadAdapter, services: ServicesDep, caller: AdminCaller
 ) -> PlainTextResponse:
     """Delete a task, however it was uploaded."""
+    current_request().target["task_id"] = body.lora_name
     if not body.lora_name:
         raise InvalidRequestError("'lora_name' needs to be provided to unload a LoRA adapter.")
     await services.tasks.delete(stored_name(caller.tenant, check_task_id(body.lora_name)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ def loading(
 ) -> Iterator[LiveServer]:
     """A server that may load them."""
     flags = ["--adapter-dir", str(folder), "--max-upload-bytes", "1MiB"]
+    flags += ["--audit-log", str(folder.parent / "audit.jsonl")]
     with live_server(endless, tmp_path_factory.mktemp("loading"), *flags) as server:
         yield server
 
@@ -84,6 +86,9 @@ def test_an_adapter_is_loaded_named_and_unloaded(
     answer = unload(loading, "adapter")
     assert answer.status_code == httpx.codes.NOT_FOUND
     assert answer.json()["error"]["code"] == "model_not_found"
+    lines = (folder.parent / "audit.jsonl").read_text().splitlines()[-5:]
+    audited = [(entry["task"], entry["status"]) for entry in map(json.loads, lines)]
+    assert audited == [("adapter", status) for status in (200, 400, 200, 200, 404)]
 
 
 @pytest.mark.parametrize(

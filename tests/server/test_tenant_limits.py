@@ -104,6 +104,26 @@ def test_a_key_is_held_to_its_own_limits_and_its_tenants(
     )  # another tenant
 
 
+def test_openais_api_refuses_in_its_own_words(
+    server: LiveServer, tenant: str, keys: tuple[Key, Key]
+) -> None:
+    set_limits(server, tenant, requests_per_minute=1, tokens_per_minute=100)
+    body = {"model": server.client.get("/v1/models").json()["data"][0]["id"], "prompt": "Hi"}
+    answer = keys[0].client.post("/v1/completions", json={**body, "max_tokens": 2, "n": 2})
+    usage = answer.json()["usage"]
+    assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+    [row] = keys[0].client.get("/admin/usage").json()
+    assert (row["prompt_tokens"], row["generated_tokens"]) == (
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+    )
+    refused = keys[0].client.post("/v1/completions", json=body)
+    assert refused.status_code == httpx.codes.TOO_MANY_REQUESTS
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+
+
 def test_only_the_operator_sets_limits_and_sees_anothers(
     server: LiveServer, tenant: str, keys: tuple[Key, Key], data_dir: Path
 ) -> None:
