@@ -140,6 +140,14 @@ def _of_books(audit: Audit) -> Iterator[Finding]:
             "say again with whom it is shared; if there is no such task, delete its field of the "
             "hash {prefixserve}:shared",
         )
+    for task_id in audit.missized:
+        yield Finding(
+            task_id,
+            "",
+            "its size on record, for its tenant's quota, is wrong",
+            "activate its version again; if there is no such task, delete its field of the hash "
+            "{prefixserve}:stored:<tenant>",
+        )
     for key_id in audit.unreadable_keys:
         yield Finding(
             "",

@@ -44,6 +44,7 @@ class Audit:
             delete.
         miscounted: versions whose number of tasks on record is wrong.
         mislisted: names of tasks for which the list of shared ones is wrong.
+        missized: names of tasks whose size on record, for quotas, is wrong.
         unreadable_keys: ids of API keys whose stored text is damaged.
     """
 
@@ -52,6 +53,7 @@ class Audit:
     unreferenced: tuple[str, ...]
     miscounted: tuple[str, ...]
     mislisted: tuple[str, ...]
+    missized: tuple[str, ...]
     unreadable_keys: tuple[str, ...]
 
 

@@ -85,6 +85,11 @@ class Task:
         return owner_and_name(self.task_id)[1]
 
     @property
+    def nbytes(self) -> int:
+        """Size of all versions that it keeps, in bytes."""
+        return sum(record.nbytes for record in self.versions)
+
+    @property
     def served(self) -> tuple[TaskRecord, ...]:
         """The task at every version that a request may get."""
         if not self.split:

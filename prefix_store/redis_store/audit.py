@@ -45,6 +45,7 @@ async def audit(client: Redis) -> Audit:
         unreferenced=_names(extra | lost),
         miscounted=() if unreadable else _names(wrong),
         mislisted=tuple(name for name in _mislisted(tasks, books.shared) if name not in unreadable),
+        missized=tuple(name for name in _missized(tasks, books.sizes) if name not in unreadable),
         unreadable_keys=await _unreadable_keys(client),
     )
 
@@ -55,6 +56,7 @@ class _Books:
     blobs: Mapping[bytes, bytes]
     users: Mapping[bytes, bytes]
     shared: Mapping[bytes, bytes]
+    sizes: Mapping[bytes, bytes]
 
 
 async def _books(client: Redis) -> _Books:
@@ -66,6 +68,7 @@ async def _books(client: Redis) -> _Books:
             await _hash(client, layout.BLOBS),
             await _hash(client, layout.USERS),
             await _hash(client, layout.SHARED),
+            await _sizes(client),
         )
         after = await client.get(layout.REVISION)
         if after == before:
@@ -74,9 +77,15 @@ async def _books(client: Redis) -> _Books:
     raise StoreUnavailableError("tasks change too often for the store to be checked; try again")
 
 
-async def _hash(client: Redis, key: str) -> dict[bytes, bytes]:
+async def _hash(client: Redis, key: str | bytes) -> dict[bytes, bytes]:
     entries: Any = client.hscan_iter(key, count=_SCANNED)
     return {name: value async for name, value in entries}
+
+
+async def _sizes(client: Redis) -> dict[bytes, bytes]:
+    """Of every tenant's tasks."""
+    keys = [key async for key in client.scan_iter(match=f"{layout.STORED}:*", count=_SCANNED)]
+    return {name: size for key in keys for name, size in (await _hash(client, key)).items()}
 
 
 def _parsed(texts: Mapping[bytes, bytes]) -> tuple[list[Task], list[str]]:
@@ -96,6 +105,12 @@ def _mislisted(tasks: list[Task], listed: Mapping[bytes, bytes]) -> tuple[str, .
     }
     names = right.keys() | listed.keys()
     return _names({name for name in names if right.get(name) != listed.get(name)})
+
+
+def _missized(tasks: list[Task], sizes: Mapping[bytes, bytes]) -> tuple[str, ...]:
+    right = {task.task_id.encode(): str(task.nbytes).encode() for task in tasks}
+    names = right.keys() | sizes.keys()
+    return _names({name for name in names if right.get(name) != sizes.get(name)})
 
 
 async def _unreadable_keys(client: Redis) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ class Tasks:
         async for name, text in self._client.hscan_iter(layout.TASKS, count=_SCANNED):
             task_id = name.decode()
             with suppress(ValueError, KeyError, TypeError):  # a damaged one; `audit` tells of it
-                size = _size(task_from_json(task_id, text))
+                size = task_from_json(task_id, text).nbytes
                 keys = [layout.TASKS, layout.stored(owner_and_name(task_id)[0])]
                 await self._measure(keys=keys, args=[name, text, size])
         await self._client.set(layout.STORED, 1)
@@ -103,7 +103,7 @@ class Tasks:
             found = self._client.hgetall(layout.stored(owner))
             sizes = await cast("asyncio.Future[dict[bytes, bytes]]", found)
             stored = {name.decode(): int(size) for name, size in sizes.items()}
-            quota.check(owner, task.task_id, _size(task), stored)
+            quota.check(owner, task.task_id, task.nbytes, stored)
 
     async def change(
         self,
@@ -149,7 +149,7 @@ class Tasks:
             before.text,
             "" if after is None else task_to_json(after),
             sharing=sharing_to_json(after),
-            size=_size(after),
+            size=0 if after is None else after.nbytes,
             quota=quota,
             blobs=[(blob, blob.version in old) for blob in blobs],
             dropped=sorted(old - _versions(after)),
@@ -165,10 +165,6 @@ def existing(snapshot: Snapshot) -> Task:
     if snapshot.task is None:
         raise UnknownTaskError.named(owner_and_name(snapshot.task_id)[1])
     return snapshot.task
-
-
-def _size(task: Task | None) -> int:
-    return 0 if task is None else sum(kept.nbytes for kept in task.versions)
 
 
 def _versions(task: Task | None) -> set[str]:

@@ -371,6 +371,8 @@ def test_the_doctor_finds_nothing_wrong(data_dir: Path, tiny_llama_dir: Path) ->
         (lambda redis: redis.hset(layout.TASKS, "two", "{}"), "two", "cannot be read"),
         (lambda redis: redis.hset(layout.USERS, A.version, 3), "", "number of tasks"),
         (lambda redis: redis.hdel(layout.SHARED, "two"), "two", "list of shared tasks"),
+        (lambda redis: redis.hset(layout.stored("default"), "two", 7), "two", "size on record"),
+        (lambda redis: redis.hset(layout.stored("acme"), "acme/x", 7), "acme/x", "size on record"),
         (lambda redis: redis.hset(layout.KEYS, "abc", "{}"), "", "API key cannot be read"),
         (
             lambda redis: redis.hset(layout.BLOBS, "sha256:0", "sha256:0:u:0:4"),
@@ -392,6 +394,8 @@ def test_the_doctor_finds_nothing_wrong(data_dir: Path, tiny_llama_dir: Path) ->
             "task",
             "count",
             "shared",
+            "size",
+            "size of no task",
             "key",
             "unreferenced",
             "lost",

@@ -66,7 +66,7 @@ def test_every_change_and_every_refused_one_is_written(
         assert entry["action"].split()[0] == method
         assert entry["status"] == status
         assert entry["outcome"] == ("done" if status < 400 else "refused")
-        assert entry["tenant"] in (None, "default")
+        assert entry["tenant"] == "default"
         assert version is ... or entry["version"] == version, url
         assert entry["task"] == (url.split("/")[3] if url.startswith(tasks) else None), url
     assert found[2]["action"] == "POST /admin/tasks/{task_id}/activate"
