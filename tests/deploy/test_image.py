@@ -227,7 +227,7 @@ def test_what_it_installs_serves_and_its_health_check_sees_it(
     assert start(check, installed, log, **variables).wait(30) != 0
     server = start(command, installed, log, **variables)
     try:
-        wait_until_ready(ServerProcess(f"http://127.0.0.1:{port}", server, log))
+        wait_until_ready(ServerProcess(f"http://127.0.0.1:{port}", server, log, tmp_path))
         assert start(check, installed, log, **variables).wait(30) == 0
     finally:
         server.terminate()

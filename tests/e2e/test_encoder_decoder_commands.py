@@ -60,7 +60,7 @@ def run(server: ServerProcess) -> Run:
     """Run a command on the server."""
 
     def run(*arguments: str | Path) -> Result:
-        environment = {"PREFIXSERVE_URL": server.url}
+        environment = {"PREFIXSERVE_URL": server.url, "PREFIXSERVE_API_KEY": server.key}
         return CliRunner().invoke(app, list(map(str, arguments)), env=environment)
 
     return run
@@ -85,7 +85,7 @@ def test_train_eval_and_generate(
     for row, output in zip(ROWS, result["outputs"], strict=True):
         generated = run("generate", "places", row["source"], *BEAMS)
         assert (generated.exit_code, generated.stdout.strip()) == (0, output)
-    with Client(server.url) as client:
+    with Client(server.url, api_key=server.key) as client:
         sources = [str(row["source"]) for row in ROWS]
         plain = client.generate(sources, max_new_tokens=8)
     assert [one.generated_text.strip() for one in plain] != result["outputs"]
