@@ -263,6 +263,40 @@ def test_what_is_held_back_comes_if_no_stop_does(parts: list[str], stops: list[s
     assert found == expected
 
 
+def test_a_form_and_the_prompts_scores_go_together(server: LiveServer) -> None:
+    body = {"model": "middle", "prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 12}
+    formed = {"response_format": {"type": "json_object"}, "temperature": 0, **body}
+    plain = complete(server, **body, temperature=0)
+    count = plain["usage"]["prompt_tokens"]
+    expected = plain["choices"][0]["logprobs"]["token_logprobs"][1:count]
+    for _ in range(3):  # what may come next is not always known in time
+        answer = complete(server, **formed)
+        [choice] = answer["choices"]
+        assert choice["text"].removeprefix(PROMPT).lstrip().startswith("{")
+        logprobs = choice["logprobs"]["token_logprobs"]
+        assert len(logprobs) == answer["usage"]["total_tokens"]
+        assert logprobs[1:count] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_told_is_what_is_accounted(server: LiveServer) -> None:
+    def counted() -> dict[str, float]:
+        return {
+            kind: server.metric("tenant_tokens_total", tenant="default", kind=kind)
+            for kind in ("prompt", "generated", "prefix")
+        }
+
+    before = counted()
+    body = {"model": "middle", "prompt": [PROMPT, "The river"], "max_tokens": 5}
+    usage = complete(server, n=2, best_of=3, **body)["usage"]
+    scored = complete(server, model="middle", prompt=PROMPT, echo=True, max_tokens=0)["usage"]
+    told = stream(server, n=2, stream_options={"include_usage": True}, **body)[-1]["usage"]
+    found = {kind: count - before[kind] for kind, count in counted().items()}
+    totals = [usage, scored, told]
+    assert found["prompt"] == sum(one["prompt_tokens"] for one in totals)
+    assert found["generated"] == sum(one["completion_tokens"] for one in totals)
+    assert found["prefix"] == 8 * 5
+
+
 @pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
 def test_penalties_keep_tokens_from_coming_again(server: LiveServer, penalty: str) -> None:
     body = {"model": "middle", "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "logprobs": 0}
@@ -339,7 +373,8 @@ def test_leaving_a_stream_frees_its_slots(server: LiveServer) -> None:
     with connect_sse(
         server.client, "POST", "/v1/completions", json=body | {"stream": True}
     ) as source:
-        next(source.iter_sse())
+        events = source.iter_sse()  # without a reference it would be closed
+        next(events)
         server.wait_until("running_requests", 4)
     server.wait_until("running_requests", 0)
 
