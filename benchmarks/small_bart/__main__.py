@@ -40,8 +40,8 @@ ROWS, BATCH = 40_000, 32
 _NUM_EXAMPLES = 3
 _BASE_FLAGS = ("--method", "finetune", "--learning-rate", "1.5e-3", "--warmup", "0.05")
 _BASE_FLAGS += ("--batch-size", str(BATCH), "--epochs", "1", "--patience", "0")
-_TASK_FLAGS = ("--batch-size", "16", "--max-steps", "400", "--learning-rate", "3e-3")
-_TASK_FLAGS += ("--warmup", "0.05")
+_TASK_FLAGS = ("--batch-size", "16", "--learning-rate", "3e-3", "--warmup", "0.05")
+_STEPS = {E2E: 400, COMPRESSION: 200}
 _WORKERS = 2
 WHERE = {
     "all": ("--prefix-length", "16"),
@@ -57,15 +57,13 @@ def main() -> None:
     base = train("base", "base", "--base-model", START, *_BASE_FLAGS)
     with ThreadPoolExecutor(_WORKERS) as pool:
         futures = {
-            f"{task}-{where}": pool.submit(
-                train, f"{task}-{where}", task, "--base-model", BASE, *_TASK_FLAGS, *flags
-            )
-            for task in (E2E, COMPRESSION)
-            for where, flags in WHERE.items()
+            f"{task}-{where}": pool.submit(_train_task, task, where)
+            for task in _STEPS
+            for where in WHERE
         }
         trainings = {name: future.result() for name, future in futures.items()}
     with running_server("--model", str(BASE), "--dtype", "float32") as server:
-        tasks = {task: _scored(server.url, task) for task in (E2E, COMPRESSION)}
+        tasks = {task: _scored(server.url, task) for task in _STEPS}
     results = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": {
@@ -80,6 +78,11 @@ def main() -> None:
     }
     KEPT.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(results, PAGE)
+
+
+def _train_task(task: str, where: str) -> dict[str, Any]:
+    flags = (*_TASK_FLAGS, "--max-steps", str(_STEPS[task]), *WHERE[where])
+    return train(f"{task}-{where}", task, "--base-model", BASE, *flags)
 
 
 def _scored(url: str, data: str) -> dict[str, Any]:

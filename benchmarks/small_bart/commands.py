@@ -64,5 +64,6 @@ def train(name: str, data: str, *flags: str | Path) -> dict[str, Any]:
     again = ["--resume"] if resumed else []
     how = ["--template", "{source}", "--dtype", "float32", "--output", output]
     facts = prefixserve("train", name, *files, *how, *flags, *again) | {"resumed": resumed}
+    del facts["path"]
     kept.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts

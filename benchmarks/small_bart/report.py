@@ -49,7 +49,10 @@ never which belong together; of dev rows nothing.
 Then it is frozen, and each task gets a prefix (`prefixserve train`): in the encoder, the decoder
 and between them, or as many vectors in the decoder alone, where PEFT can put one. Texts are greedy,
 where nothing else is said, written by a server and scored by `prefixserve eval` on dev rows, whose
-loss also chose the checkpoint; in brackets the 95 % bootstrap interval over rows."""
+loss also chose the checkpoint; in brackets the 95 % bootstrap interval over rows. Each training
+has one thread; other work shared the cores, so the first of its times is the one to compare.
+
+The rule that finds a sentence's end takes some abbreviations for one, and such targets were kept."""
 
 
 def _trainings(results: Results) -> str:
