@@ -52,7 +52,7 @@ where nothing else is said, written by a server and scored by `prefixserve eval`
 loss also chose the checkpoint; in brackets the 95 % bootstrap interval over rows. Each training
 has one thread; other work shared the cores, so the first of its times is the one to compare.
 
-The rule that finds a sentence's end takes some abbreviations for one, and such targets were kept."""
+The rule that finds a sentence's end takes some abbreviations for it; those targets were kept."""
 
 
 def _trainings(results: Results) -> str:
