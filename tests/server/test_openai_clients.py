@@ -91,6 +91,21 @@ def test_openai_raises_its_own_errors(client: openai.OpenAI) -> None:
     assert refused.value.param == "suffix"
 
 
+def test_openai_sends_its_key(endless: LoadedModel, tmp_path: Path) -> None:
+    with live_server(endless, tmp_path, auth=True) as server:
+        url, key = f"{server.url}/v1", server.client.headers["Authorization"].split()[1]
+        with openai.OpenAI(base_url=url, api_key=key, max_retries=0) as client:
+            found = client.completions.create(
+                model=endless.spec.name, prompt=PROMPT, max_tokens=2, temperature=0
+            )
+            assert found.usage is not None
+            assert found.usage.completion_tokens == 2
+        with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError) as refused:
+                client.completions.create(model=endless.spec.name, prompt=PROMPT)
+            assert refused.value.code == "invalid_api_key"
+
+
 def test_openai_raises_the_error_that_ends_a_stream(endless: LoadedModel, tmp_path: Path) -> None:
     with (
         live_server(endless, tmp_path, "--drain-seconds", "0") as server,

@@ -11,8 +11,9 @@ from prefix_store.errors import InvalidTaskIdError, UnknownTaskError
 from server.api.errors import ErrorAnswer, answer_to
 from server.api.schemas import AnswerModel
 from server.engine.protocol import RequestTooLongError
+from server.errors import AuthenticationError
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_TYPES = {403: "permission_error", 429: "rate_limit_error"}
 
 
 class OpenAIError(AnswerModel):
@@ -58,6 +59,8 @@ def openai_answer_to(error: BaseException) -> OpenAIErrorAnswer:
     match error:
         case UnknownTaskError() | InvalidTaskIdError():
             status, code, param = 404, "model_not_found", "model"
+        case AuthenticationError():
+            code = "invalid_api_key"
         case RequestTooLongError():
             code = "context_length_exceeded"
         case RequestValidationError():
