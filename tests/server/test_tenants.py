@@ -122,6 +122,9 @@ def everything_about(
         ("POST", "/generate_stream", {"json": {**generate, "task_id": name}}),
         ("POST", "/", {"json": {"inputs": "Hi", "parameters": {**FEW, "adapter_id": name}}}),
         ("GET", "/admin/tasks", {}),
+        ("GET", "/v1/models", {}),
+        ("GET", f"/v1/models/{name}", {}),
+        ("POST", "/v1/completions", {"json": {"model": name, "prompt": "Hi", "max_tokens": 1}}),
     ]
     for method, where, body in requests:
         answer = client.request(method, where, **body)
@@ -256,6 +259,8 @@ def test_sharing(
     assert acme.share("lent", "beta", "acme")["shared_with"] == ["beta"]
     answer = beta.generate("acme/lent").json()
     assert (answer["task_id"], answer["version"]) == ("acme/lent", version)
+    models = [model["id"] for model in beta.client.get("/v1/models").json()["data"]]
+    assert "acme/lent" in models
     assert beta.generate("lent").status_code == httpx.codes.NOT_FOUND
     body = {"inputs": "Hi", "task_id": "acme/lent"}
     assert guarded.client.post("/generate", json=body).status_code == httpx.codes.NOT_FOUND
