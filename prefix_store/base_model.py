@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import cast
 
 import torch
@@ -12,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_store.groups import CROSS, DECODER, ENCODER, Group
 
-_FINGERPRINT_SAMPLE = 64
+FINGERPRINT_SAMPLE = 64
 _ALIASES = {"smollm2-135m": "smollm2-135m-instruct"}
 
 
@@ -120,15 +122,26 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
+    """`fingerprint_of` a loaded model."""
+    return fingerprint_of(
+        (name, tuple(parameter.shape), parameter.detach().flatten()[:FINGERPRINT_SAMPLE])
+        for name, parameter in model.named_parameters()
+    )
+
+
+def fingerprint_of(parameters: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> str:
     """Hex SHA-256 that tells two base models apart, whatever dtype or device they are loaded on.
 
     Covers every parameter's name, shape and first values rounded to bfloat16: reading all of a
     large model would take minutes at start-up, and trained models differ everywhere.
+
+    Args:
+        parameters: name, shape, and the first `FINGERPRINT_SAMPLE` numbers, in any order.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        sample = parameter.detach().flatten()[:_FINGERPRINT_SAMPLE].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    for name, shape, first in sorted(parameters, key=itemgetter(0)):
+        sample = first.to("cpu", torch.bfloat16)
+        digest.update(f"{name}{shape}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

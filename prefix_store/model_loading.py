@@ -39,6 +39,16 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     spec: BaseModelSpec
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.model.device
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedSkeleton:
@@ -63,7 +73,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 _BF16_CPUS = {"AVX512", "AMX"}
-_READ_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error)
+READ_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error)
 _EXPECTED = (
     "Expected a Hugging Face id, a folder with config.json and safetensors weights, a .gguf file, "
     f"or {DEFAULT_MODEL!r}."
@@ -83,17 +93,15 @@ def load_base_model(
     Raises:
         ModelLoadError: there is no such model, or it cannot be read or served.
     """
-    source = _source(name, cache_dir)
+    source = model_source(name, cache_dir)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         config = AutoConfig.from_pretrained(source)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         # A checkpoint without safetensors is a pickle, which can run code.
         model = auto.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True)
-    except _READ_ERRORS as error:
-        raise ModelLoadError(
-            f"cannot load the base model {name!r}: {_first_line(error)} {_EXPECTED}"
-        ) from error
+    except READ_ERRORS as error:
+        raise unreadable(name, error) from error
     torch.nn.Module.to(model, device)
     model.requires_grad_(False).train(False)
     spec = BaseModelSpec.from_model(model, name)
@@ -112,18 +120,28 @@ def load_skeleton(name: str, *, dtype: torch.dtype, cache_dir: Path) -> LoadedSk
         ModelLoadError: there is no such model, or its config cannot be read.
     """
     try:
-        config = AutoConfig.from_pretrained(_source(name, cache_dir))
+        config = AutoConfig.from_pretrained(model_source(name, cache_dir))
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise ModelLoadError(
             f"cannot read the config of {name!r}: {_first_line(error)} {_EXPECTED}"
         ) from error
     return LoadedSkeleton(model, BaseModelSpec.from_model(model, name, identity=""))
 
 
-def _source(name: str, cache_dir: Path) -> str:
+def unreadable(name: str, error: Exception) -> ModelLoadError:
+    """What to tell the operator of an error in `READ_ERRORS`."""
+    return ModelLoadError(f"cannot load the base model {name!r}: {_first_line(error)} {_EXPECTED}")
+
+
+def model_source(name: str, cache_dir: Path) -> str:
+    """What transformers loads for `name`: a folder, or a hub id. See `load_base_model`.
+
+    Raises:
+        ModelLoadError: there is nothing of this name here.
+    """
     if name in _ALIAS_PACKAGES:
         return str(_converted(_packaged_gguf(name), cache_dir))
     path = Path(name).expanduser()
@@ -173,7 +191,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise ModelLoadError(
             f"cannot read the GGUF file {gguf}: {_first_line(error)} Download it again?"
         ) from error

@@ -12,16 +12,15 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Generator
 
-import torch
 import uvicorn
 import uvloop
 
 from prefix_store.data_dir import admin_key_file
 from prefix_store.errors import PrefixStoreError
-from prefix_store.model_loading import LoadedModel, default_device, default_dtype, load_base_model
 from server.api.request_log import RequestLog
 from server.app import create_app
 from server.demo_tasks import DEMO_TASKS
+from server.engines import BaseModel, load_model
 from server.errors import StartupError
 from server.logs import configure_logging
 from server.services import VERSION, Services, running_services
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> None:
         settings = load_settings(argv)
         configure_logging(settings.log_level, settings.log_format)
         with bind(settings.host, settings.port) as listener:
-            loaded = _load_model(settings)
+            loaded = load_model(settings)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve(settings, loaded, listener, _announce))
     except (StartupError, PrefixStoreError, OSError) as error:
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 async def serve(
     settings: Settings,
-    loaded: LoadedModel,
+    loaded: BaseModel,
     listener: socket.socket,
     on_ready: Callable[[Services, str], Awaitable[None]],
     stop: asyncio.Event | None = None,
@@ -116,25 +115,6 @@ def bind(host: str, port: int) -> socket.socket:
             "--host and --port"
         ) from error
     return listener
-
-
-def _load_model(settings: Settings) -> LoadedModel:
-    device = _device(settings.device)
-    dtype = default_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    logger.info("loading %s on %s in %s", settings.model, device, dtype)
-    cache_dir = settings.data_dir.expanduser() / "models"
-    return load_base_model(settings.model, device=device, dtype=dtype, cache_dir=cache_dir)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
-        raise StartupError(f"--device {name} cannot be used here: {error}") from error
-    return device
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -12,7 +12,6 @@ from prefix_store.admin_key import ensure_admin_key
 from prefix_store.collector import collecting
 from prefix_store.directory import Directory
 from prefix_store.errors import IncompatiblePrefixError
-from prefix_store.model_loading import LoadedModel
 from prefix_store.opening import opened_store
 from prefix_store.redis_store.durability import Wait
 from server.accounting.account import Accounting
@@ -20,8 +19,8 @@ from server.accounting.running import running_accounting
 from server.audit import AuditLog
 from server.authentication import Authenticate, Authenticator, anybody
 from server.demo_tasks import DEMO_TASKS
-from server.engine.native import NativeEngine
-from server.engine.protocol import Engine, EngineConfig
+from server.engine.protocol import Engine
+from server.engines import BaseModel, start_engine
 from server.generation import Generator
 from server.keys import KeyService
 from server.metrics import Metrics
@@ -60,7 +59,7 @@ class Services:
 
 
 @asynccontextmanager
-async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIterator[Services]:
+async def running_services(settings: Settings, loaded: BaseModel) -> AsyncIterator[Services]:
     """Open the store, the engine and the cache; close them in reverse, also on failure.
 
     Raises:
@@ -80,15 +79,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
             await ensure_admin_key(store.keys, settings.data_dir)
         metrics = Metrics(settings.max_metric_tasks)
         tokenizer = TextTokenizer(loaded.tokenizer)
-        config = EngineConfig(
-            max_slots=settings.max_slots,
-            max_length=settings.max_length,
-            prefill_tokens=settings.prefill_tokens,
-            max_waiting=settings.max_waiting,
-            quantize=settings.quantize,
-            cuda_graphs=settings.cuda_graphs,
-        )
-        engine = NativeEngine(loaded, config, metrics.observe_step)
+        engine = start_engine(settings, loaded, metrics.observe_step)
         stack.push_async_callback(engine.close)
         metrics.watch_engine(engine.stats)
         await stack.enter_async_context(collecting(store))
@@ -97,8 +88,7 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
             engine,
             metrics,
             device_bytes=settings.prefix_cache_bytes,
-            # On a CPU the engine reads host memory itself.
-            host_bytes=0 if loaded.model.device.type == "cpu" else settings.prefix_host_cache_bytes,
+            host_bytes=0 if engine.reads_host_memory else settings.prefix_host_cache_bytes,
             room_seconds=settings.prefix_room_seconds,
         )
         stack.push_async_callback(prefixes.close)
@@ -147,8 +137,8 @@ async def running_services(settings: Settings, loaded: LoadedModel) -> AsyncIter
             metrics=metrics,
             accounting=accounting,
             audit=audit,
-            dtype=str(loaded.model.dtype).removeprefix("torch."),
-            device=loaded.model.device.type,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=loaded.device.type,
         )
         metrics.build.info(
             {

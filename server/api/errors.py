@@ -37,6 +37,7 @@ from server.engine.protocol import (
     InvalidGrammarError,
     QueueFullError,
     RequestTooLongError,
+    UnsupportedRequestError,
 )
 from server.errors import (
     AuthenticationError,
@@ -90,6 +91,7 @@ _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
     (RequestTooLongError, 422, "validation", {}),
     (InvalidGrammarError, 422, "validation", {}),
     (GrammarFailedError, 422, "validation", {}),
+    (UnsupportedRequestError, 422, "validation", {}),
     (InvalidPrefixError, 422, "invalid_prefix", {}),
     (PrefixTooLargeError, 413, "too_large", {}),
     (CacheFullError, 503, "overloaded", _RETRY),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from server.engine.beam_search import BeamSearch
+from server.engine.checks import NOT_FINITE
 from server.engine.grammar import Matcher
 from server.engine.processors import forced
 from server.engine.prompt_scores import score_prompt
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 # How long a step waits for those whose next tokens are not known yet.
 _PATIENCE_SECONDS = 0.002
-_NOT_FINITE = "the model's output holds NaN or infinity with this task's prefix"
 
 Event = tuple[str, StreamEvent | EngineFailedError]
 """A request's id and what happened to it; an error is its last event."""
@@ -184,7 +184,7 @@ class EngineCore:
             scores = score_prompt(logits, span)
             if scores is None:
                 self._runner.clear(sequence.slot)
-                events.append(self._fail(sequence, _NOT_FINITE))
+                events.append(self._fail(sequence, NOT_FINITE))
                 continue
             sequence.prompt_scores += scores
             if span.completes_prompt:
@@ -206,7 +206,7 @@ class EngineCore:
         if reordering is None:
             for beam in leader.beams:
                 self._runner.clear(beam.slot)
-            return [self._fail(leader, _NOT_FINITE)]
+            return [self._fail(leader, NOT_FINITE)]
         if search.best is None:
             if reordering.sources:
                 self._runner.reorder(reordering)
@@ -222,7 +222,7 @@ class EngineCore:
     def _advance(self, sequence: Sequence, chosen: Sample | None) -> Event:
         if chosen is None:
             self._runner.clear(sequence.slot)
-            return self._fail(sequence, _NOT_FINITE)
+            return self._fail(sequence, NOT_FINITE)
         token_id = chosen.chosen.token_id
         if sequence.matcher is not None and forced(sequence, self._special) is None:
             sequence.matcher.advance(token_id)

@@ -18,6 +18,13 @@ from prefix_store.groups import Group
 from prefix_store.model_loading import LoadedModel
 from prefix_store.prefix import Prefix
 from prefix_store.soft_prompt import SoftPrompt
+from server.engine.checks import (
+    SHUTTING_DOWN,
+    check_length,
+    check_prompt_to_prefix,
+    check_shapes,
+    prefix_numbers,
+)
 from server.engine.choose_runner import choose_runner
 from server.engine.core import EngineCore, Event
 from server.engine.device_copy import DeviceCopier
@@ -43,8 +50,6 @@ logger = logging.getLogger(__name__)
 
 Command = Callable[[EngineCore], None] | None
 """Something for the engine thread to do between steps; None stops the thread."""
-
-_SHUTTING_DOWN = "the server is shutting down"
 
 
 class NativeEngine:
@@ -105,6 +110,11 @@ class NativeEngine:
         return self._config.max_length
 
     @property
+    def reads_host_memory(self) -> bool:
+        """See `Engine.reads_host_memory`."""
+        return self._loaded.device.type == "cpu"
+
+    @property
     def is_alive(self) -> bool:
         """See `Engine.is_alive`."""
         return self._thread.is_alive()
@@ -112,7 +122,7 @@ class NativeEngine:
     def submit(self, request: GenerationRequest) -> EventStream:
         """See `Engine.submit`."""
         if self._closing:
-            raise EngineFailedError(_SHUTTING_DOWN)
+            raise EngineFailedError(SHUTTING_DOWN)
         prefix = self._prefix_of(request)
         self._check_length(request, prefix)
         self._places.take(request)
@@ -143,8 +153,7 @@ class NativeEngine:
 
     def prefix_bytes(self, prefix_length: int, groups: Collection[Group]) -> int:
         """See `Engine.prefix_bytes`."""
-        numbers = sum(math.prod(self.spec.shape(group, prefix_length)) for group in groups)
-        return 2 * numbers * self._loaded.model.dtype.itemsize
+        return prefix_numbers(self.spec, prefix_length, groups) * self._loaded.dtype.itemsize
 
     def prepare_prefix(self, prefix: Prefix) -> Prefix:
         """See `Engine.prepare_prefix`."""
@@ -152,10 +161,7 @@ class NativeEngine:
 
     async def load_prefix(self, version: str, prefix: Prefix) -> None:
         """See `Engine.load_prefix`."""
-        for group, keys_values in prefix.groups.items():
-            shape, found = self.spec.shape(group, prefix.prefix_length), keys_values.keys.shape
-            if group not in self.spec.groups or found != shape:
-                raise ValueError(f"a prefix for {self.spec.name}'s {group} is {shape}, not {found}")
+        check_shapes(prefix, self.spec)
         self._prefixes[version] = await self._copier.copy(prefix)
 
     def drop_prefix(self, version: str) -> None:
@@ -170,12 +176,9 @@ class NativeEngine:
                 "text or a soft prompt can be a task of decoder-only models. Train a prefix."
             )
         prefill = Prefill(self._loaded, prompt)
-        if not 1 <= prefill.length < self.max_length:
-            raise RequestTooLongError(
-                f"the prompt has {prefill.length} tokens; expected 1 to {self.max_length - 1}"
-            )
+        check_prompt_to_prefix(prefill.length, self.max_length)
         if self._closing:
-            raise EngineFailedError(_SHUTTING_DOWN)
+            raise EngineFailedError(SHUTTING_DOWN)
         self._prefills += 1
         self._idle.clear()
         try:
@@ -212,7 +215,7 @@ class NativeEngine:
     async def _between_steps(self, work: Callable[[], None]) -> None:
         """Have the engine thread do one thing more; what it raises is raised here."""
         if self._ended:
-            raise EngineFailedError(_SHUTTING_DOWN)
+            raise EngineFailedError(SHUTTING_DOWN)
         self._chunk = done = Future[None]()
         self._commands.put(lambda _: _carry_out(work, done))
         await asyncio.wrap_future(done)
@@ -227,11 +230,9 @@ class NativeEngine:
 
     def _check_length(self, request: GenerationRequest, prefix: Prefix | None) -> None:
         prefix_length = 0 if prefix is None else prefix.prefix_length
-        prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
-        scores = request.sampling.prompt_logprobs is not None
-        if prompt < 1 or new < (0 if scores else 1):
-            raise ValueError(f"a request needs a prompt and a token to generate, not {request}")
-        if scores and self.spec.encoder is not None:
+        room = self.room(len(request.prompt_ids), prefix_length)
+        check_length(request, prefix_length, room=room, max_length=self.max_length)
+        if request.sampling.prompt_logprobs is not None and self.spec.encoder is not None:
             raise ValueError("an encoder reads the prompt, which has no log-probabilities then")
         if not 1 <= request.sampling.num_beams <= self._config.max_slots:
             raise ValueError(f"{request.sampling.num_beams} beams, {self._config.max_slots} slots")
@@ -239,11 +240,6 @@ class NativeEngine:
             raise ValueError(f"a weight is a number above 0, not {request.weight}")
         if request.sampling.num_beams > 1 and request.grammar is not None:
             raise ValueError("beam search follows no grammar")
-        if new > self.room(prompt, prefix_length):
-            raise RequestTooLongError(
-                f"{prefix_length} prefix + {prompt} prompt + {new} new tokens are more than the "
-                f"{self.max_length} that fit; shorten the input or max_new_tokens"
-            )
 
     def _deliver(self, events: list[Event], stats: EngineStats) -> None:
         """On the event loop: hand each event to the request it belongs to."""
@@ -270,7 +266,7 @@ class NativeEngine:
 
     def _run(self) -> None:
         """The engine thread: commands between steps, steps while there is work."""
-        reason = _SHUTTING_DOWN
+        reason = SHUTTING_DOWN
         try:
             while self._obey():
                 result = self._core.step()

@@ -261,6 +261,10 @@ class InvalidGrammarError(EngineError):
     """The grammar cannot be read, has no finite text, or is too large; or this model has none."""
 
 
+class UnsupportedRequestError(EngineError):
+    """This engine cannot generate in the way that the request asks for."""
+
+
 class EngineFailedError(EngineError):
     """The step this request was in failed, or the engine is closed."""
 
@@ -295,6 +299,10 @@ class Engine(Protocol):
         prefix + prompt there and prefix + generated in the decoder."""
 
     @property
+    def reads_host_memory(self) -> bool:
+        """Whether loaded prefixes are in host memory, so that a cache before it saves nothing."""
+
+    @property
     def is_alive(self) -> bool:
         """False once it cannot generate any more; only a restart helps then."""
 
@@ -302,8 +310,8 @@ class Engine(Protocol):
         """Queue a request; its tokens come from the iterator, the last with a finish_reason.
 
         Raises at once: QueueFullError, RequestTooLongError, PrefixNotLoadedError,
-        EngineFailedError. While iterating: EngineFailedError. Who stops iterating early calls
-        the stream's `aclose`.
+        UnsupportedRequestError, EngineFailedError. While iterating: EngineFailedError. Who stops
+        iterating early calls the stream's `aclose`.
         """
 
     def cancel(self, request_id: str) -> None:
