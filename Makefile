@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM := .venv-vllm
+VLLM_STAMP := .venv-vllm/.installed
 
-.PHONY: setup lock serve test lint bench bench-smoke peers clean
+.PHONY: setup lock serve test test-vllm lint bench bench-smoke peers clean
 
 setup: $(STAMP)
 
@@ -13,6 +15,15 @@ $(STAMP): requirements.lock requirements-no-deps.lock pyproject.toml
 	$(BIN)/python -m pip install --no-compile --progress-bar on -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements-no-deps.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+# vLLM wants an older numpy, so it has an environment of its own, with .venv's packages behind its
+# own. torchvision and the like, which it names and does not need here, are left out.
+$(VLLM_STAMP): $(STAMP) requirements-vllm.lock
+	test -x $(VLLM)/bin/python || $(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r requirements-vllm.lock
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		"$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth"
 	touch $@
 
 # Pins what .venv holds now; run it after changing dependencies and trying them.
@@ -25,8 +36,12 @@ serve: setup
 	$(BIN)/prefixserve serve
 
 # A file's tests share their servers, so a file goes to one process.
-test: lint
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+test: lint test-vllm
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not vllm"
+
+test-vllm: $(VLLM_STAMP)
+	VLLM_CPU_CI_ENV=1 $(VLLM)/bin/python -m pytest -m vllm --timeout 600 tests/engine \
+		tests/server/test_vllm.py tests/server/test_vllm_connector.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -47,4 +62,4 @@ peers: setup
 	benchmarks/peers/setup.sh
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
