@@ -138,6 +138,67 @@ class Version(_Answer):
     created_at: datetime
 
 
+class File(_Answer):
+    """A file on the server; `bytes` is its size."""
+
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+
+
+class BatchCounts(_Answer):
+    """Requests of a batch: all, those answered, and those in the error file."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchError(_Answer):
+    """Why a batch failed."""
+
+    message: str
+
+
+class BatchErrors(_Answer):
+    """Why a batch failed, as a list."""
+
+    data: tuple[BatchError, ...]
+
+
+class Batch(_Answer):
+    """A file of requests that the server answers when it has time.
+
+    Attributes:
+        output_file_id, error_file_id: of its results once it has ended; None where there are none.
+        errors: why it failed.
+    """
+
+    id: str
+    endpoint: str
+    input_file_id: str
+    status: Literal[
+        "validating",
+        "in_progress",
+        "finalizing",
+        "completed",
+        "failed",
+        "cancelling",
+        "cancelled",
+        "expired",
+    ]
+    output_file_id: str | None
+    error_file_id: str | None
+    request_counts: BatchCounts
+    errors: BatchErrors | None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.status in ("completed", "failed", "cancelled", "expired")
+
+
 class Key(_Answer):
     """An API key, without what only its holder knows.
 

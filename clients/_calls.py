@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, BinaryIO, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from clients._answers import (
+    Batch,
+    File,
     Generation,
     Key,
     KeyLimits,
@@ -88,6 +90,7 @@ _key = reader(Key)
 _keys = reader(list[Key])
 _new_key = reader(NewKey)
 _info = reader(ServerInfo)
+_batch = reader(Batch)
 
 
 def http_options(base_url: str | None, api_key: str | None, timeout: float) -> dict[str, Any]:
@@ -281,6 +284,33 @@ def usage(
     asked = {"tenant": tenant, "task": task_id, "from": first, "to": last}
     params = {name: str(value) for name, value in asked.items() if value is not None}
     return Call("GET", "/admin/usage", reader(list[UsageRow]), {"params": params})
+
+
+def upload_file(name: str, data: BinaryIO) -> Call[File]:
+    """A batch's requests."""
+    body = {"files": {"file": (name, data)}, "data": {"purpose": "batch"}}
+    return Call("POST", "/v1/files", reader(File), body)
+
+
+def file_content(file_id: str) -> Call[bytes]:
+    """What is in a file."""
+    return Call("GET", f"/v1/files/{_segment(file_id)}/content", bytes)
+
+
+def create_batch(file_id: str, endpoint: str) -> Call[Batch]:
+    """A new batch."""
+    fields = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h"}
+    return Call("POST", "/v1/batches", _batch, {"json": fields})
+
+
+def batch(batch_id: str) -> Call[Batch]:
+    """A batch."""
+    return Call("GET", f"/v1/batches/{_segment(batch_id)}", _batch)
+
+
+def cancel_batch(batch_id: str) -> Call[Batch]:
+    """The end of a batch."""
+    return Call("POST", f"/v1/batches/{_segment(batch_id)}/cancel", _batch)
 
 
 def info() -> Call[ServerInfo]:

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack, overload
+from typing import Any, BinaryIO, Self, TypeVar, Unpack, overload
 
 import httpx
 from httpx_sse import EventSource
@@ -16,6 +16,8 @@ from tenacity import Retrying
 
 from clients import _calls as calls
 from clients._answers import (
+    Batch,
+    File,
     Generation,
     Health,
     Key,
@@ -243,6 +245,35 @@ class Client:
     ) -> list[UsageRow]:
         """Tokens by day (UTC), tenant and task; without days of the last 30."""
         return self._fetch(calls.usage(tenant, task_id, first, last))
+
+    def upload_file(self, name: str, data: BinaryIO, *, progress: Progress | None = None) -> File:
+        """Give the server a batch's requests: JSON lines as OpenAI has them.
+
+        Args:
+            name: what the file is called in lists.
+            progress: called with the bytes sent and the bytes in all.
+        """
+        return self._fetch(calls.upload_file(name, data), progress)
+
+    def file_content(self, file_id: str) -> bytes:
+        """What is in a file, such as a batch's output."""
+        return self._fetch(calls.file_content(file_id))
+
+    def create_batch(self, file_id: str, endpoint: str = "/v1/completions") -> Batch:
+        """Have every request of a file answered when the server has time.
+
+        Args:
+            endpoint: what every request's `url` is; or `/v1/chat/completions`.
+        """
+        return self._fetch(calls.create_batch(file_id, endpoint))
+
+    def batch(self, batch_id: str) -> Batch:
+        """How far a batch is."""
+        return self._fetch(calls.batch(batch_id))
+
+    def cancel_batch(self, batch_id: str) -> Batch:
+        """End a batch; what is done of it is kept."""
+        return self._fetch(calls.cancel_batch(batch_id))
 
     def health(self) -> Health:
         """Whether the server takes requests now; not retried."""

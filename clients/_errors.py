@@ -72,6 +72,10 @@ class EvaluationError(PrefixServeError):
     """There is nothing to score, or the report cannot be written."""
 
 
+class BatchError(PrefixServeError):
+    """A file of requests that is none, or a batch that ended before its last request."""
+
+
 class APIConnectionError(PrefixServeError):
     """The server did not answer, or its answer broke off."""
 

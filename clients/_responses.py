@@ -116,14 +116,17 @@ def translated_errors(base_url: httpx.URL) -> Iterator[None]:
 
 
 def _server_error(body: bytes | str) -> tuple[str, str]:
-    """`error` and `error_type` of the server's error shape; empty when it is not of that shape."""
+    """Message and kind of an error, in the server's shape or OpenAI's; empty when it is neither."""
     try:
         fields = json.loads(body)
     except ValueError:
         return "", ""
-    if not isinstance(fields, dict) or not isinstance(fields.get("error"), str):
-        return "", ""
-    return fields["error"], str(fields.get("error_type", ""))
+    error = fields.get("error") if isinstance(fields, dict) else None
+    if isinstance(error, str):
+        return error, str(fields.get("error_type", ""))
+    if isinstance(error, dict) and isinstance(error.get("message"), str):
+        return error["message"], str(error.get("code") or "")
+    return "", ""
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from clients import _options as options
+from clients._batch import app as batch_app
 from clients._calls import DEFAULT_URL
 from clients._client import Client
 from clients._console import (
@@ -87,6 +88,7 @@ app.add_typer(tasks_app, name="tasks")
 app.add_typer(tenants_app, name="tenants")
 app.command()(usage)
 app.add_typer(keys_app, name="keys")
+app.add_typer(batch_app, name="batch")
 
 
 def _imported_when_called() -> None:

@@ -9,6 +9,7 @@ from server.api.auditing import Auditing
 from server.api.authentication import Authentication
 from server.api.error_responses import install_error_handlers
 from server.api.limits import BodyLimit
+from server.api.openai import batches, files
 from server.api.openai import routes as openai
 from server.services import VERSION, Services
 
@@ -37,6 +38,7 @@ def create_app(services: Services) -> FastAPI:
         BodyLimit,
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
+        max_batch_file_bytes=settings.max_batch_file_bytes,
     )
     app.add_middleware(Auditing, log=services.audit)
     # Added last, so it is in front: a request without a key is not read.
@@ -45,6 +47,8 @@ def create_app(services: Services) -> FastAPI:
     for router in (
         generate.router,
         openai.router,
+        files.router,
+        batches.router,
         admin.router,
         versions.router,
         keys.router,

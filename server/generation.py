@@ -59,6 +59,7 @@ class GenerationJob:
         stop: strings that end the text.
         truncate: keep only so many tokens of a prompt, its last.
         grammar: what each text must be; None for any text.
+        priority: the engine's; see `GenerationRequest`.
     """
 
     inputs: tuple[Prompt, ...]
@@ -73,6 +74,7 @@ class GenerationJob:
     stop: tuple[str, ...] = ()
     truncate: int | None = None
     grammar: Grammar | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +327,7 @@ class Generator:
             prefix_version=None if record is None else record.version,
             tenant=job.caller.tenant,
             grammar=grammar,
+            priority=job.priority,
         )
         return text, request
 

@@ -102,6 +102,18 @@ class KeyService:
         finally:
             self._known.forget(key_id)
 
+    async def is_active(self, key_id: str) -> bool:
+        """Whether a key is good now.
+
+        Raises:
+            StoreUnavailableError: the store is away and the key is not known here.
+        """
+        try:
+            key = await self._known.get(key_id)
+        except UnknownKeyError:
+            return False
+        return key.state(self._clock()) == "active"
+
 
 def _manages(caller: Caller, key: ApiKey) -> bool:
     return caller.is_operator or key.tenant == caller.tenant

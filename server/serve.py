@@ -11,14 +11,17 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Generator
+from functools import partial
 
 import uvicorn
 import uvloop
 
 from prefix_store.data_dir import admin_key_file
 from prefix_store.errors import PrefixStoreError
+from server.api.openai.batch_lines import answer_line
 from server.api.request_log import RequestLog
 from server.app import create_app
+from server.batches.batch_run import Work
 from server.demo_tasks import DEMO_TASKS
 from server.engines import BaseModel, load_model
 from server.errors import StartupError
@@ -64,6 +67,7 @@ async def serve(
         running_services(settings, loaded) as services,
         asyncio.TaskGroup() as group,
     ):
+        services.batches.start(_batch_work(services))
         config = uvicorn.Config(
             RequestLog(create_app(services), tracing),
             lifespan="off",
@@ -79,6 +83,19 @@ async def serve(
         logger.info("stopping: finishing what runs, for at most %g s", settings.drain_seconds)
         await services.drain()
         server.should_exit = True
+
+
+def _batch_work(services: Services) -> Work:
+    settings = services.settings
+    return Work(
+        store=services.batches.store,
+        answer=partial(answer_line, services),
+        is_active=services.keys.is_active,
+        places=asyncio.Semaphore(settings.batch_concurrency),
+        workers=settings.batch_concurrency,
+        max_lines=settings.max_batch_lines,
+        max_line_bytes=settings.max_body_bytes,
+    )
 
 
 class _Server(uvicorn.Server):

@@ -18,6 +18,8 @@ from server.accounting.account import Accounting
 from server.accounting.running import running_accounting
 from server.audit import AuditLog
 from server.authentication import Authenticate, Authenticator, anybody
+from server.batches.runner import BatchRunner
+from server.batches.store import BatchStore
 from server.demo_tasks import DEMO_TASKS
 from server.engine.protocol import Engine
 from server.engines import BaseModel, start_engine
@@ -49,11 +51,16 @@ class Services:
     metrics: Metrics
     accounting: Accounting
     audit: AuditLog
+    batches: BatchRunner
     dtype: str
     device: str
 
     async def drain(self) -> None:
-        """Refuse new work; return when what runs is finished, or at the deadline stopped."""
+        """Refuse new work; return when what runs is finished, or at the deadline stopped.
+
+        Batches stop at once: the next start goes on with them.
+        """
+        await self.batches.close()
         self.generator.drain()
         await self.engine.close(self.settings.drain_seconds)
 
@@ -107,6 +114,11 @@ async def running_services(settings: Settings, loaded: BaseModel) -> AsyncIterat
         )
         audit_log = settings.audit_log or settings.data_dir / "audit.jsonl"
         audit = await stack.enter_async_context(AuditLog(audit_log))
+        batch_store = BatchStore(
+            settings.data_dir / "batches", tenant_bytes=settings.max_batch_tenant_bytes
+        )
+        batches = BatchRunner(batch_store)
+        stack.push_async_callback(batches.close)
         tasks = TaskService(
             store,
             directory,
@@ -137,6 +149,7 @@ async def running_services(settings: Settings, loaded: BaseModel) -> AsyncIterat
             metrics=metrics,
             accounting=accounting,
             audit=audit,
+            batches=batches,
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=loaded.device.type,
         )

@@ -139,6 +139,18 @@ class Settings(BaseSettings):
     max_body_bytes: ByteSize = Field(default="2MiB", validate_default=True, ge=1024)
     """Largest body of any other request."""
 
+    max_batch_file_bytes: ByteSize = Field(default="100MiB", validate_default=True, ge=1024)
+    """Largest file of a batch's requests."""
+
+    max_batch_tenant_bytes: ByteSize = Field(default="1GiB", validate_default=True, ge=1024)
+    """Files of batches, results included, over which a tenant can upload no more."""
+
+    max_batch_lines: Count = 50_000
+    """Most requests in a batch."""
+
+    batch_concurrency: Count = 32
+    """Requests of batches under way at once."""
+
     max_metric_tasks: int = Field(default=100, ge=0, le=10_000)
     """Tasks, and tenants, that have a label of their own in /metrics; the rest share one, other."""
 

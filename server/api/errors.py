@@ -31,6 +31,7 @@ from prefix_store.errors import (
 )
 from server.accounting.errors import LimitExceededError
 from server.api.schemas import ErrorResponse
+from server.batches.errors import TooManyBatchesError, UnknownBatchError
 from server.engine.protocol import (
     EngineFailedError,
     GrammarFailedError,
@@ -81,6 +82,8 @@ _KINDS: tuple[tuple[type[Exception], int, str, Mapping[str, str]], ...] = (
     (UnknownKeyError, 404, "not_found", {}),
     (UnknownTaskError, 404, "not_found", {}),
     (UnknownVersionError, 404, "not_found", {}),
+    (UnknownBatchError, 404, "not_found", {}),
+    (TooManyBatchesError, 429, "rate_limited", {"Retry-After": "60"}),
     (PinsFullError, 409, "conflict", {}),
     (VersionConflictError, 409, "conflict", {}),
     (PreconditionFailedError, 412, "precondition_failed", {}),

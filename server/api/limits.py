@@ -11,6 +11,7 @@ from server.api.error_responses import response_to
 # Boundaries and headers of the parts of a multipart upload, and a PEFT adapter's configuration.
 _MULTIPART_OVERHEAD = 64 * 1024
 UPLOAD_PATH = "/admin/tasks/"
+FILES_PATH = "/v1/files"
 
 
 class BodyTooLargeError(HTTPException):
@@ -28,10 +29,13 @@ class BodyTooLargeError(HTTPException):
 class BodyLimit:
     """ASGI middleware: refuses a body over the limit, by its declared length or as it arrives."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, max_batch_file_bytes: int
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._max_upload_bytes = max_upload_bytes
+        self._max_batch_file_bytes = max_batch_file_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, counting what it receives."""
@@ -50,6 +54,8 @@ class BodyLimit:
         is_multipart = headers.get("content-type", "").startswith("multipart/form-data")
         if is_multipart and path.startswith(UPLOAD_PATH):
             return BodyTooLargeError(self._max_upload_bytes, "upload", _MULTIPART_OVERHEAD)
+        if is_multipart and path == FILES_PATH:
+            return BodyTooLargeError(self._max_batch_file_bytes, "batch-file", _MULTIPART_OVERHEAD)
         return BodyTooLargeError(self._max_body_bytes, "body")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from server.api.answering import EventStream, collect, counted, event_bytes, merged
@@ -34,11 +35,13 @@ _AS_MANY_AS_FIT = 1_000_000
 _INCOMPLETE = "\ufffd"
 
 
-async def complete(services: Services, caller: Caller, request: ChatRequest) -> ChatCompletion:
+async def complete(
+    services: Services, caller: Caller, request: ChatRequest, *, priority: int = 0
+) -> ChatCompletion:
     """Generate every answer; all or nothing."""
     task_id = task_of(services, request.model)
     with counted(services.metrics, caller, task_id, openai_answer_to):
-        job = await _job_of(services, caller, request, task_id)
+        job = replace(await _job_of(services, caller, request, task_id), priority=priority)
         async with services.generator.run(job) as generations:
             chunks = await collect(generations)
     return ChatCompletion(

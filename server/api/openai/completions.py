@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 from server.api.answering import (
     EventStream,
@@ -28,11 +29,13 @@ DEFAULT_NEW_TOKENS = 16
 DONE = event_bytes(" [DONE]")
 
 
-async def complete(services: Services, caller: Caller, request: CompletionRequest) -> Completion:
+async def complete(
+    services: Services, caller: Caller, request: CompletionRequest, *, priority: int = 0
+) -> Completion:
     """Generate every text; all or nothing."""
     task_id = task_of(services, request.model)
     with counted(services.metrics, caller, task_id, openai_answer_to):
-        job = _job_of(caller, request, task_id)
+        job = replace(_job_of(caller, request, task_id), priority=priority)
         async with services.generator.run(job) as generations:
             chunks = await collect(generations)
     texts = [written(request, *one) for one in zip(generations, chunks, strict=True)]

@@ -1,0 +1,164 @@
+"""OpenAI's batches: https://platform.openai.com/docs/api-reference/batch"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+
+from server.api.dependencies import GenerateCaller, ServicesDep
+from server.api.openai.batch_lines import Endpoint
+from server.api.openai.errors import OpenAIErrorResponse
+from server.api.parameters import RequestModel
+from server.api.schemas import AnswerModel
+from server.batches.records import BatchRecord, Counts, Status
+from server.batches.runner import BatchRunner
+
+router = APIRouter(prefix="/v1/batches", tags=["Batches"])
+
+_ERROR: dict[str, Any] = {"model": OpenAIErrorResponse}
+_LOOKUP_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 404, 503, "default"), _ERROR)
+_CREATE_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
+    (400, 404, 413, 415, 429, 503, "default"), _ERROR
+)
+
+_Key = Annotated[str, Field(max_length=64)]
+_Value = Annotated[str, Field(max_length=512)]
+
+
+class BatchRequest(RequestModel):
+    """A batch to run."""
+
+    input_file_id: str = Field(
+        max_length=64,
+        description="A file of the purpose batch.",
+        examples=["file-0123456789abcdef0123456789abcdef"],
+    )
+    endpoint: Endpoint = Field(
+        description="What every line's url is.", examples=["/v1/completions"]
+    )
+    completion_window: Literal["24h"] = Field(description="After it the batch expires.")
+    metadata: dict[_Key, _Value] | None = Field(
+        default=None, max_length=16, description="Kept and told.", examples=[{"run": "7"}]
+    )
+
+
+class BatchError(AnswerModel):
+    """Why a batch failed."""
+
+    code: Literal["batch_failed"] = "batch_failed"
+    message: str
+    param: None = None
+    line: None = None
+
+
+class BatchErrors(AnswerModel):
+    """Why a batch failed, as a list."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchError]
+
+
+class BatchAnswer(AnswerModel):
+    """A batch. Times are in unix seconds; those of what has not happened are null."""
+
+    id: str = Field(examples=["batch-0123456789abcdef0123456789abcdef"])
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: Literal["24h"] = "24h"
+    status: Status
+    output_file_id: str | None = Field(description="Of the lines answered with status 200.")
+    error_file_id: str | None = Field(description="Of the other lines.")
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: Counts
+    metadata: dict[str, str] | None
+
+
+class BatchList(AnswerModel):
+    """Batches."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchAnswer]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+@router.post("", responses=_CREATE_ERRORS)
+async def create_batch(
+    body: BatchRequest, services: ServicesDep, caller: GenerateCaller
+) -> BatchAnswer:
+    """Answer every request of a file, below what people wait for."""
+    batches = services.batches
+    batch = batches.create(caller, body.input_file_id, body.endpoint, body.metadata)
+    return _answer(batches, batch)
+
+
+@router.get("", responses=_LOOKUP_ERRORS)
+async def list_batches(
+    services: ServicesDep,
+    caller: GenerateCaller,
+    after: Annotated[str | None, Query(description="The last batch of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> BatchList:
+    """The tenant's batches, the last one first."""
+    batches = services.batches
+    found = batches.store.batches(caller.tenant)
+    if after is not None:
+        last = batches.store.batch(caller.tenant, after)
+        found = found[found.index(last) + 1 :]
+    page = [_answer(batches, batch) for batch in found[:limit]]
+    return BatchList(
+        data=page,
+        first_id=page[0].id if page else None,
+        last_id=page[-1].id if page else None,
+        has_more=len(found) > limit,
+    )
+
+
+@router.get("/{batch_id}", responses=_LOOKUP_ERRORS)
+async def get_batch(batch_id: str, services: ServicesDep, caller: GenerateCaller) -> BatchAnswer:
+    """One of them."""
+    batches = services.batches
+    return _answer(batches, batches.store.batch(caller.tenant, batch_id))
+
+
+@router.post("/{batch_id}/cancel", responses=_LOOKUP_ERRORS)
+async def cancel_batch(batch_id: str, services: ServicesDep, caller: GenerateCaller) -> BatchAnswer:
+    """End a batch; what is done of it is kept."""
+    batches = services.batches
+    return _answer(batches, batches.cancel(caller.tenant, batch_id))
+
+
+def _answer(batches: BatchRunner, batch: BatchRecord) -> BatchAnswer:
+    times: dict[str, int | None] = {
+        f"{status}_at": batch.times.get(status)
+        for status in Status
+        if status is not Status.VALIDATING
+    }
+    failure = batch.failure
+    return BatchAnswer(
+        id=batch.id,
+        endpoint=batch.endpoint,
+        errors=None if failure is None else BatchErrors(data=[BatchError(message=failure)]),
+        input_file_id=batch.input_id,
+        status=batch.status,
+        output_file_id=batch.output_id if batch.has_output else None,
+        error_file_id=batch.error_id if batch.has_errors else None,
+        created_at=batch.created_at,
+        expires_at=batch.expires_at,
+        request_counts=batches.counts(batch),
+        metadata=batch.metadata,
+        **times,  # type: ignore[arg-type]
+    )

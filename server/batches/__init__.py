@@ -1,0 +1,1 @@
+"""Batch jobs: files of requests, answered below what people wait for."""
