@@ -39,7 +39,7 @@ LATER = {
     ),
     "export": (
         "clients._store:export",
-        "Write every task and its versions to a folder; what is there already is kept.",
+        "Write every task, its versions and the hashes of the API keys to a folder.",
     ),
     "import": (
         "clients._store:import_",
