@@ -1,7 +1,10 @@
 """A Python client for a prefixserve server, sync and async, and the command line."""
 
 from clients._answers import (
+    Batch,
+    BatchCounts,
     Details,
+    File,
     Generation,
     Health,
     Key,
@@ -25,6 +28,7 @@ from clients._errors import (
     APIStatusError,
     APITimeoutError,
     AuthenticationError,
+    BatchError,
     ConflictError,
     EvaluationError,
     GenerationError,
@@ -50,10 +54,14 @@ __all__ = [
     "APITimeoutError",
     "AsyncClient",
     "AuthenticationError",
+    "Batch",
+    "BatchCounts",
+    "BatchError",
     "Client",
     "ConflictError",
     "Details",
     "EvaluationError",
+    "File",
     "Generation",
     "GenerationError",
     "Health",

@@ -155,16 +155,16 @@ class BatchCounts(_Answer):
     failed: int
 
 
-class BatchError(_Answer):
+class BatchFailure(_Answer):
     """Why a batch failed."""
 
     message: str
 
 
-class BatchErrors(_Answer):
+class BatchFailures(_Answer):
     """Why a batch failed, as a list."""
 
-    data: tuple[BatchError, ...]
+    data: tuple[BatchFailure, ...]
 
 
 class Batch(_Answer):
@@ -191,7 +191,7 @@ class Batch(_Answer):
     output_file_id: str | None
     error_file_id: str | None
     request_counts: BatchCounts
-    errors: BatchErrors | None
+    errors: BatchFailures | None
 
     @property
     def has_ended(self) -> bool:

@@ -169,6 +169,8 @@ def test_a_restart_goes_on_with_the_lines_that_are_not_done(
         server.upload("short", prefixes["short"])
         batch = start(client, json_lines(*requests))
         next_one = start(client, json_lines(line("next")))
+        late, without_file = (start(client, json_lines(line("x"))) for _ in range(2))
+        client.files.delete(without_file.input_file_id)
         when(client, batch, lambda found: counted(found)[1] == 4)
     [output] = [
         p for p in (tmp_path / "batches").glob("file-*.jsonl") if b"choices" in p.read_bytes()
@@ -176,6 +178,8 @@ def test_a_restart_goes_on_with_the_lines_that_are_not_done(
     kept = output.read_bytes()
     assert kept.count(b"\n") == 4
     output.write_bytes(kept + b'{"id": "torn')
+    record = tmp_path / "batches" / f"{late.id}.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "expires_at": 1}))
     with live_server(endless, tmp_path, *flags) as server, client_of(server) as client:
         batch = ended(client, batch, "completed")
         assert counted(batch) == (8, 8, 0)
@@ -185,6 +189,8 @@ def test_a_restart_goes_on_with_the_lines_that_are_not_done(
         found = results(client, batch.output_file_id)
         assert [one["custom_id"] for one in found] == [f"{at}" for at in range(8)]
         ended(client, next_one, "completed")
+        assert counted(ended(client, late, "expired")) == (1, 0, 0)
+        assert ended(client, without_file, "failed").errors is not None
         assert server.metric("requests_total", task="short", status="200") == 4 + 1
 
 
