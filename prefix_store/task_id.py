@@ -12,7 +12,8 @@ from prefix_store.errors import InvalidTaskIdError, InvalidTenantError
 from prefix_store.tenant import DEFAULT_TENANT, check_tenant
 
 MAX_TASK_ID_CHARS = 128
-_ALLOWED = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_TASK_ID_CHARS - 1}}}")
+TASK_ID_PATTERN = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_TASK_ID_CHARS - 1}}}"
+_ALLOWED = re.compile(TASK_ID_PATTERN)
 _SHOWN = 40
 
 

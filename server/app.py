@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from server.api import admin, generate, health, keys, lora_adapters, tenant_limits, usage, versions
 from server.api.auditing import Auditing
 from server.api.authentication import Authentication
+from server.api.description import DescribedAPI
 from server.api.error_responses import install_error_handlers
 from server.api.limits import BodyLimit
 from server.api.openai import batches, files
@@ -26,7 +27,7 @@ Every error is `{"error": ..., "error_type": ...}`, and under `/v1/` has OpenAI'
 
 def create_app(services: Services) -> FastAPI:
     """The application on services that run; who opened them closes them."""
-    app = FastAPI(
+    app = DescribedAPI(
         title="prefixserve",
         version=VERSION,
         description=_DESCRIPTION,

@@ -17,7 +17,8 @@ from prefix_store.tensor_file import Buffer
 from server.api import downloads
 from server.api.conditions import ConditionDep, etag
 from server.api.dependencies import AdminCaller, OwnTaskId, ServicesDep
-from server.api.schemas import ErrorResponse, TaskResponse, TextUpload
+from server.api.description import errors
+from server.api.schemas import TaskResponse, TextUpload
 from server.errors import InvalidRequestError
 from server.services import Services
 
@@ -26,13 +27,7 @@ _FIELD = "file"
 _JSON = "application/json"
 _MULTIPART = "multipart/form-data"
 
-_ERROR: dict[str, Any] = {"model": ErrorResponse}
-
-router = APIRouter(
-    prefix="/admin/tasks",
-    tags=["Tasks"],
-    responses=dict.fromkeys((401, 403, 503), _ERROR),
-)
+router = APIRouter(prefix="/admin/tasks", tags=["Tasks"])
 
 Activate = Annotated[
     bool,
@@ -69,7 +64,7 @@ _UPLOAD_BODY: dict[str, Any] = {
     "/{task_id}",
     status_code=201,
     openapi_extra={"requestBody": _UPLOAD_BODY},
-    responses=dict.fromkeys((404, 412, 413, 415, 422, 429), _ERROR),
+    responses=errors(409, 412),
 )
 async def upload(
     task_id: OwnTaskId,
@@ -117,7 +112,7 @@ async def list_tasks(services: ServicesDep, caller: AdminCaller) -> list[TaskRes
     return [task_answer(task.record, task) for task in tasks]
 
 
-@router.get("/{task_id}", responses=dict.fromkeys((404, 422), _ERROR))
+@router.get("/{task_id}")
 async def get_task(task_id: OwnTaskId, response: Response, services: ServicesDep) -> TaskResponse:
     """One task; the ETag is its active version."""
     task = await services.tasks.get(task_id)
@@ -138,7 +133,6 @@ async def get_task(task_id: OwnTaskId, response: Response, services: ServicesDep
         206: {"description": "The part of it that a Range header asks for."},
         304: {"description": "If-None-Match names the version: the client has it."},
         416: {"description": "No byte of the asked range exists."},
-        **dict.fromkeys((404, 422), _ERROR),
     },
 )
 async def download(
@@ -149,7 +143,7 @@ async def download(
     return await downloads.download(services, request, task.at(version or task.version))
 
 
-@router.delete("/{task_id}", status_code=204, responses=dict.fromkeys((404, 412, 422), _ERROR))
+@router.delete("/{task_id}", status_code=204, responses=errors(412))
 async def delete(task_id: OwnTaskId, services: ServicesDep, condition: ConditionDep) -> None:
     """Forget a task and its prefixes. Requests that run with them finish."""
     await services.tasks.delete(task_id, condition)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Header
+from pydantic import WithJsonSchema
 
 from prefix_store.condition import ANY, Condition
 from server.errors import InvalidRequestError
@@ -15,6 +16,14 @@ from server.errors import InvalidRequestError
 _MAX_CHARS = 8192
 _ETAG = r'(?:W/)?"[^"]*"'
 _ETAGS = re.compile(rf"\s*{_ETAG}(?:\s*,\s*{_ETAG})*\s*")
+# Several lines of a header are one with commas; that is what is told.
+_HEADER = WithJsonSchema(
+    {
+        "type": "string",
+        "maxLength": _MAX_CHARS,
+        "pattern": r'^(\*|(W/)?"[!#-~]*"(, ?(W/)?"[!#-~]*")*)$',
+    }
+)
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -38,10 +47,12 @@ def etag(version: str) -> str:
 def _condition(
     if_match: Annotated[
         list[str] | None,
+        _HEADER,
         Header(description="Change only a task that is at this version: its ETag, or `*`."),
     ] = None,
     if_none_match: Annotated[
         list[str] | None,
+        _HEADER,
         Header(description="`*`: change only where there is no such task yet."),
     ] = None,
 ) -> Condition:

@@ -8,7 +8,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Path, Request, Security
 from fastapi.security import HTTPBearer
 
-from prefix_store.task_id import MAX_TASK_ID_CHARS, check_task_id, stored_name
+from prefix_store.task_id import MAX_TASK_ID_CHARS, TASK_ID_PATTERN, check_task_id, stored_name
 from server.callers import Caller, Scope
 from server.errors import ForbiddenError
 from server.services import Services
@@ -54,6 +54,8 @@ async def _own_task_id(
             description=f"The task's name: 1 to {MAX_TASK_ID_CHARS} letters, digits, '.', '_' or "
             "'-', beginning with a letter or digit.",
             examples=["e2e"],
+            # Told, and not checked here: the check's own words are better.
+            json_schema_extra={"pattern": f"^{TASK_ID_PATTERN}$"},
         ),
     ],
     caller: AdminCaller,

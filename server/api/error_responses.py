@@ -8,11 +8,13 @@ from http import HTTPStatus
 from fastapi import FastAPI, HTTPException, Request
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from server.api.errors import ErrorAnswer, answer_to, handled_kinds
 from server.api.openai.errors import openai_answer_to
 
 OPENAI_PATHS = "/v1/"
+_NOT_ALLOWED = HTTPStatus.METHOD_NOT_ALLOWED
 
 AnswerTo = Callable[[BaseException], ErrorAnswer]
 """How an API answers an error."""
@@ -37,8 +39,17 @@ def response_to(error: Exception, path: str) -> Response:
     )
 
 
+def _allowed(request: Request) -> str:
+    """Every method of a path: a route knows its own, and each method has a route."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in here for method in route.methods or ()}))
+
+
 async def _handle(request: Request, error: Exception) -> Response:
     path = request.url.path
     if isinstance(error, StarletteHTTPException) and error.status_code == HTTPStatus.NOT_FOUND:
         error = HTTPException(404, f"no such page: {request.method} {path}; see /docs")
+    if isinstance(error, StarletteHTTPException) and error.status_code == _NOT_ALLOWED:
+        error = HTTPException(_NOT_ALLOWED, headers={"Allow": _allowed(request)})
     return response_to(error, path)

@@ -10,11 +10,11 @@ from starlette.responses import Response
 
 from server.api import answering
 from server.api.dependencies import AnyCaller, GenerateCaller, ServicesDep
+from server.api.description import events
 from server.api.parameters import MAX_BEST_OF, MAX_STOP_STRINGS
 from server.api.schemas import (
     E2E_EXAMPLE,
     MAX_INPUTS,
-    ErrorResponse,
     GenerateRequest,
     GenerateResponse,
     InfoResponse,
@@ -26,9 +26,6 @@ from server.services import VERSION
 
 router = APIRouter(tags=["Generate"], route_class=answering.CountedRoute)
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (401, 403, 404, 413, 415, 422, 429, 500, 503)
-}
 _ANSWERS = TypeAdapter(list[GenerateResponse])
 _EXAMPLES: dict[str, Any] = {
     "a task": {"value": {"task_id": "e2e", "inputs": E2E_EXAMPLE}},
@@ -46,7 +43,9 @@ GenerateBody = Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)]
 
 
 @router.post(
-    "/generate", response_model=GenerateResponse | list[GenerateResponse], responses=_ERRORS
+    "/generate",
+    response_model=GenerateResponse | list[GenerateResponse],
+    responses=events(StreamEvent),
 )
 async def generate(
     body: GenerateBody, request: Request, services: ServicesDep, caller: GenerateCaller
@@ -68,7 +67,7 @@ async def generate(
     response_model=StreamEvent,
     response_class=answering.EventStream,
     status_code=200,
-    responses=_ERRORS,
+    responses=events(StreamEvent),
 )
 async def generate_stream(
     body: GenerateBody, services: ServicesDep, caller: GenerateCaller
@@ -82,7 +81,7 @@ async def generate_stream(
     return await answering.stream(services, caller, body)
 
 
-@router.post("/", response_model=list[GenerateResponse], responses=_ERRORS)
+@router.post("/", response_model=list[GenerateResponse], responses=events(StreamEvent))
 async def generate_compatible(
     body: GenerateBody, request: Request, services: ServicesDep, caller: GenerateCaller
 ) -> Response:
@@ -93,7 +92,7 @@ async def generate_compatible(
     return _json(_ANSWERS.dump_json(answers, exclude_unset=True))
 
 
-@router.post("/tokenize", responses=_ERRORS)
+@router.post("/tokenize")
 async def tokenize(
     body: GenerateBody, services: ServicesDep, caller: GenerateCaller
 ) -> list[InputToken]:
@@ -107,7 +106,7 @@ async def tokenize(
     return [InputToken(id=i, text=body.inputs[a:b], start=a, stop=b) for i, a, b in tokens]
 
 
-@router.get("/info", responses={status: _ERRORS[status] for status in (401, 503)})
+@router.get("/info")
 async def info(services: ServicesDep, _: AnyCaller) -> InfoResponse:
     """What this server runs and how much it takes."""
     spec, settings = services.engine.spec, services.settings

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, HTTPException, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.dependencies import MetricsCaller, ServicesDep
-from server.api.schemas import ErrorResponse, HealthResponse, ReadyResponse
+from server.api.description import errors
+from server.api.schemas import HealthResponse, ReadyResponse
 from server.errors import DrainingError
-
-_ERROR: dict[str, Any] = {"model": ErrorResponse}
 
 router = APIRouter(tags=["Health"])
 
 
-@router.get("/health/live", responses={503: _ERROR})
+@router.get("/health/live", responses=errors(503))
 async def live(services: ServicesDep) -> HealthResponse:
     """The process answers and its engine runs. Restart it when this fails."""
     if not services.engine.is_alive and not services.generator.draining:
@@ -24,7 +21,7 @@ async def live(services: ServicesDep) -> HealthResponse:
     return HealthResponse(status="live")
 
 
-@router.get("/health/ready", responses={503: _ERROR})
+@router.get("/health/ready", responses=errors(503))
 async def ready(services: ServicesDep) -> ReadyResponse:
     """The server takes requests. While it shuts down it answers 503 and `draining`.
 
@@ -39,10 +36,7 @@ async def ready(services: ServicesDep) -> ReadyResponse:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={
-        200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-        **dict.fromkeys((401, 403, 503), _ERROR),
-    },
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(services: ServicesDep, _: MetricsCaller) -> Response:
     """What Prometheus scrapes."""

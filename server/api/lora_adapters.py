@@ -6,7 +6,6 @@ https://docs.vllm.ai/en/latest/features/lora.html
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -17,15 +16,11 @@ from prefix_store.errors import PreconditionFailedError
 from prefix_store.task_id import check_task_id, stored_name
 from server.adapter_folder import read_adapter
 from server.api.dependencies import AdminCaller, ServicesDep
-from server.api.openai.errors import OpenAIErrorResponse
 from server.api.parameters import RequestModel
 from server.errors import ForbiddenError, InvalidRequestError
 from server.request_context import current_request
 
 router = APIRouter(prefix="/v1", tags=["vLLM's adapters"])
-
-_ERROR: dict[str, Any] = {"model": OpenAIErrorResponse}
-_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 404, 413, 503, "default"), _ERROR)
 
 
 class LoadAdapter(RequestModel):
@@ -49,11 +44,7 @@ class UnloadAdapter(RequestModel):
     lora_int_id: int | None = Field(default=None, description="Not used.", examples=[None])
 
 
-@router.post(
-    "/load_lora_adapter",
-    response_class=PlainTextResponse,
-    responses=_ERRORS,
-)
+@router.post("/load_lora_adapter", response_class=PlainTextResponse)
 async def load_lora_adapter(
     body: LoadAdapter, services: ServicesDep, caller: AdminCaller
 ) -> PlainTextResponse:
@@ -80,11 +71,7 @@ async def load_lora_adapter(
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post(
-    "/unload_lora_adapter",
-    response_class=PlainTextResponse,
-    responses=_ERRORS,
-)
+@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
 async def unload_lora_adapter(
     body: UnloadAdapter, services: ServicesDep, caller: AdminCaller
 ) -> PlainTextResponse:

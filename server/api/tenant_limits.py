@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path
 from pydantic import Field
 
 from server.accounting.limits import KeyLimits, TenantLimits
 from server.api.dependencies import AdminCaller, ServicesDep
-from server.api.schemas import AnswerModel, ErrorResponse
+from server.api.schemas import AnswerModel
 from server.callers import Caller
 from server.errors import ForbiddenError
 
-_ERROR: dict[str, Any] = {"model": ErrorResponse}
-
-router = APIRouter(
-    prefix="/admin",
-    tags=["Limits"],
-    responses=dict.fromkeys((403, 422, 503), _ERROR),
-)
+router = APIRouter(prefix="/admin", tags=["Limits"])
 
 Tenant = Annotated[
     str,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Body, Path, Response
 from pydantic import StrictInt
@@ -11,22 +11,21 @@ from prefix_store.task import Task
 from server.api.admin import task_answer
 from server.api.conditions import ConditionDep, etag
 from server.api.dependencies import OwnTaskId, ServicesDep
+from server.api.description import errors
 from server.api.schemas import (
     VERSION_EXAMPLE,
     Activation,
-    ErrorResponse,
     Sharing,
     TaskResponse,
     VersionResponse,
 )
 
-_ERROR: dict[str, Any] = {"model": ErrorResponse}
 _MOST_SHARES = 100
 
 router = APIRouter(
     prefix="/admin/tasks/{task_id}",
     tags=["Versions"],
-    responses=dict.fromkeys((401, 403, 404, 412, 422, 503), _ERROR),
+    responses=errors(409, 412),
 )
 
 VersionName = Annotated[str, Path(description="The version's name.", examples=[VERSION_EXAMPLE])]
@@ -75,7 +74,7 @@ async def activate(
     return _answer(await services.tasks.activate(task_id, body.version, condition), response)
 
 
-@router.post("/rollback", responses={409: _ERROR})
+@router.post("/rollback")
 async def rollback(
     task_id: OwnTaskId, response: Response, services: ServicesDep, condition: ConditionDep
 ) -> TaskResponse:
@@ -99,7 +98,7 @@ async def split(
     return _answer(await services.tasks.split(task_id, shares, condition), response)
 
 
-@router.post("/pin", responses={409: _ERROR})
+@router.post("/pin")
 async def pin(
     task_id: OwnTaskId, response: Response, services: ServicesDep, condition: ConditionDep
 ) -> TaskResponse:
@@ -133,7 +132,7 @@ async def share(
     return _answer(await services.tasks.share(task_id, body.tenants, condition), response)
 
 
-@router.delete("/versions/{version}", status_code=204, responses={409: _ERROR})
+@router.delete("/versions/{version}", status_code=204)
 async def delete_version(
     task_id: OwnTaskId, version: VersionName, services: ServicesDep, condition: ConditionDep
 ) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import Field
 
 from server.api.dependencies import GenerateCaller, ServicesDep
 from server.api.openai.batch_lines import Endpoint
-from server.api.openai.errors import OpenAIErrorResponse
 from server.api.parameters import RequestModel
 from server.api.schemas import AnswerModel
 from server.batches.records import BatchRecord, Counts, Status
@@ -17,11 +16,6 @@ from server.batches.runner import BatchRunner
 
 router = APIRouter(prefix="/v1/batches", tags=["Batches"])
 
-_ERROR: dict[str, Any] = {"model": OpenAIErrorResponse}
-_LOOKUP_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 404, 503, "default"), _ERROR)
-_CREATE_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
-    (400, 404, 413, 415, 429, 503, "default"), _ERROR
-)
 
 _Key = Annotated[str, Field(max_length=64)]
 _Value = Annotated[str, Field(max_length=512)]
@@ -95,7 +89,7 @@ class BatchList(AnswerModel):
     has_more: bool
 
 
-@router.post("", responses=_CREATE_ERRORS)
+@router.post("")
 async def create_batch(
     body: BatchRequest, services: ServicesDep, caller: GenerateCaller
 ) -> BatchAnswer:
@@ -105,7 +99,7 @@ async def create_batch(
     return _answer(batches, batch)
 
 
-@router.get("", responses=_LOOKUP_ERRORS)
+@router.get("")
 async def list_batches(
     services: ServicesDep,
     caller: GenerateCaller,
@@ -127,14 +121,14 @@ async def list_batches(
     )
 
 
-@router.get("/{batch_id}", responses=_LOOKUP_ERRORS)
+@router.get("/{batch_id}")
 async def get_batch(batch_id: str, services: ServicesDep, caller: GenerateCaller) -> BatchAnswer:
     """One of them."""
     batches = services.batches
     return _answer(batches, batches.store.batch(caller.tenant, batch_id))
 
 
-@router.post("/{batch_id}/cancel", responses=_LOOKUP_ERRORS)
+@router.post("/{batch_id}/cancel")
 async def cancel_batch(batch_id: str, services: ServicesDep, caller: GenerateCaller) -> BatchAnswer:
     """End a batch; what is done of it is kept."""
     batches = services.batches

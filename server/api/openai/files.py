@@ -11,7 +11,6 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.responses import FileResponse, Response
 
 from server.api.dependencies import GenerateCaller, ServicesDep
-from server.api.openai.errors import OpenAIErrorResponse
 from server.api.schemas import AnswerModel
 from server.batches.records import FileRecord
 from server.errors import InvalidRequestError
@@ -21,11 +20,6 @@ router = APIRouter(prefix="/v1/files", tags=["Batches"])
 _MOST_NAME_CHARS = 255
 _MULTIPART = "multipart/form-data"
 _JSON_LINES = "application/jsonl"
-_ERROR: dict[str, Any] = {"model": OpenAIErrorResponse}
-_LOOKUP_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((404, 503, "default"), _ERROR)
-_UPLOAD_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
-    (400, 403, 413, 415, 503, "default"), _ERROR
-)
 _UPLOAD_BODY: dict[str, Any] = {
     "required": True,
     "content": {
@@ -75,7 +69,7 @@ class DeletedFile(AnswerModel):
     deleted: Literal[True] = True
 
 
-@router.post("", openapi_extra={"requestBody": _UPLOAD_BODY}, responses=_UPLOAD_ERRORS)
+@router.post("", openapi_extra={"requestBody": _UPLOAD_BODY})
 async def upload_file(
     request: Request, services: ServicesDep, caller: GenerateCaller
 ) -> FileAnswer:
@@ -98,14 +92,14 @@ async def upload_file(
     return _answer(record)
 
 
-@router.get("", responses=_LOOKUP_ERRORS)
+@router.get("")
 async def list_files(services: ServicesDep, caller: GenerateCaller) -> FileList:
     """The tenant's files, the last one first."""
     files = services.batches.store.files(caller.tenant)
     return FileList(data=[_answer(file) for file in files])
 
 
-@router.get("/{file_id}", responses=_LOOKUP_ERRORS)
+@router.get("/{file_id}")
 async def get_file(file_id: str, services: ServicesDep, caller: GenerateCaller) -> FileAnswer:
     """One of them."""
     return _answer(services.batches.store.file(caller.tenant, file_id))
@@ -115,7 +109,6 @@ async def get_file(file_id: str, services: ServicesDep, caller: GenerateCaller) 
     "/{file_id}/content",
     response_class=Response,
     responses={
-        **_LOOKUP_ERRORS,
         200: {"description": "The file.", "content": {_JSON_LINES: {"schema": {"type": "string"}}}},
     },
 )
@@ -128,7 +121,7 @@ async def get_file_content(
     return FileResponse(store.path(record.id), media_type=_JSON_LINES)
 
 
-@router.delete("/{file_id}", responses=_LOOKUP_ERRORS)
+@router.delete("/{file_id}")
 async def delete_file(file_id: str, services: ServicesDep, caller: GenerateCaller) -> DeletedFile:
     """Delete a file; a batch that has not read all of it fails."""
     services.batches.store.delete_file(caller.tenant, file_id)

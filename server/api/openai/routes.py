@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answering import CountedRoute, while_connected
 from server.api.dependencies import GenerateCaller, ServicesDep
+from server.api.description import events
 from server.api.openai import chat, completions, models
 from server.api.openai.answers import ChatCompletion, Completion, ModelAnswer, ModelList
-from server.api.openai.errors import OpenAIErrorResponse
 from server.api.openai.requests import ChatRequest, CompletionRequest
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 _generating = APIRouter(route_class=CountedRoute)
 
-_ERROR: dict[str, Any] = {"model": OpenAIErrorResponse}
-_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
-    (400, 404, 413, 415, 429, 500, 503, "default"), _ERROR
-)
-_LOOKUP_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((404, 503, "default"), _ERROR)
 
-
-@_generating.post("/completions", response_model=Completion, responses=_ERRORS)
+@_generating.post("/completions", response_model=Completion, responses=events())
 async def create_completion(
     body: CompletionRequest, request: Request, services: ServicesDep, caller: GenerateCaller
 ) -> Response:
@@ -38,7 +30,7 @@ async def create_completion(
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-@_generating.post("/chat/completions", response_model=ChatCompletion, responses=_ERRORS)
+@_generating.post("/chat/completions", response_model=ChatCompletion, responses=events())
 async def create_chat_completion(
     body: ChatRequest, request: Request, services: ServicesDep, caller: GenerateCaller
 ) -> Response:
@@ -52,13 +44,13 @@ async def create_chat_completion(
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-@router.get("/models", responses=_LOOKUP_ERRORS)
+@router.get("/models")
 async def list_models(services: ServicesDep, caller: GenerateCaller) -> ModelList:
     """What can be named as `model`: the base model, and every task."""
     return await models.list_models(services, caller)
 
 
-@router.get("/models/{model:path}", responses=_LOOKUP_ERRORS)
+@router.get("/models/{model:path}")
 async def get_model(model: str, services: ServicesDep, caller: GenerateCaller) -> ModelAnswer:
     """One of them."""
     return await models.get_model(services, caller, model)
