@@ -46,7 +46,7 @@ class Directory:
     ) -> None:
         """
         Args:
-            lookup_seconds: most seconds that looking up one name may take.
+            lookup_seconds: most seconds that starting, and looking up one name, may take.
             on_connected: told when the store goes away and when it is back.
             on_changed: told which tasks changed; None is that any may have.
         """
@@ -57,6 +57,7 @@ class Directory:
         self._position: str | None = None
         self._shared: Mapping[str, frozenset[str]] = {}
         self._following: asyncio.Task[None] | None = None
+        self._start_seconds = lookup_seconds  # nothing is known yet that could go on without it
         self.tasks: Lookups[Task] = Lookups(
             store.get,
             UnknownTaskError,
@@ -81,7 +82,7 @@ class Directory:
         Raises:
             StoreUnavailableError
         """
-        await self.catch_up()
+        await self.catch_up(self._start_seconds)
         self._following = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
@@ -117,14 +118,17 @@ class Directory:
         """The tasks that are shared with a tenant, by name in the store."""
         return sorted(task_id for task_id in self._shared if self.is_shared(task_id, tenant))
 
-    async def catch_up(self) -> None:
+    async def catch_up(self, seconds: float = ANSWER_SECONDS) -> None:
         """Forget what changed since the last time.
+
+        Args:
+            seconds: most that the store may take to answer.
 
         Raises:
             StoreUnavailableError
         """
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(seconds):
                 changes = await self._store.changes(self._position)
                 shared = await self._store.shared() if changes.sharing else self._shared
         except TimeoutError as error:

@@ -269,9 +269,13 @@ async def test_follows_keys_as_it_follows_tasks(
     await is_known(None)
     await writer.keys.change(key.key_id, lambda _: key)
     await is_known(key)
-    before = await lookups(redis)
-    assert await directory.keys.get(key.key_id) == key
-    assert await lookups(redis) == before, "it is remembered"
+
+    async def is_remembered() -> bool:  # once the directory, too, has heard of the change
+        before = await lookups(redis)
+        assert await directory.keys.get(key.key_id) == key
+        return await lookups(redis) == before
+
+    await until(is_remembered)
     revoked = replace(key, revoked_at=1.0)
     await writer.keys.change(key.key_id, lambda _: revoked)
     await is_known(revoked)
