@@ -296,6 +296,6 @@ def test_retries_are_logged(
 
 def test_every_error_is_in_the_tree() -> None:
     errors = [vars(clients)[name] for name in clients.__all__ if name.endswith("Error")]
-    assert len(errors) == 21
+    assert len(errors) == 22
     assert all(issubclass(error, clients.PrefixServeError) for error in errors)
     assert not any(issubclass(error, httpx.HTTPError) for error in errors)
