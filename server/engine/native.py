@@ -290,9 +290,15 @@ class NativeEngine:
         self._settle()
 
     def _obey(self) -> bool:
-        """Carry out the waiting commands, or wait for work; False once told to stop."""
-        while not self._core.has_work or not self._commands.empty():
+        """Carry out the waiting commands, or wait for work; False once told to stop.
+
+        What arrives meanwhile waits for the next step, so that a long row of commands, each sent
+        when the one before is done, holds up nobody.
+        """
+        waiting = self._commands.qsize()
+        while not self._core.has_work or waiting > 0:
             command = self._commands.get()
+            waiting -= 1
             if command is None:
                 return False
             command(self._core)
