@@ -7,7 +7,7 @@ import secrets
 import time
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.callers import Caller, Scope
 
@@ -58,9 +58,9 @@ class Counts(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
+    total: int = Field(default=0, description="All lines.", examples=[3])
+    completed: int = Field(default=0, description="Those answered with 200.", examples=[2])
+    failed: int = Field(default=0, description="Those in the error file.", examples=[1])
 
 
 class BatchRecord(BaseModel):

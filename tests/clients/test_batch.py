@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clients import Client
 from tests.clients.command_line import Run, printed, refused
 from tests.server_process import ServerProcess
+
+MORE_THAN_A_CALL_TAKES = 500
 
 
 @pytest.fixture
@@ -21,9 +25,12 @@ def requests(real_server: ServerProcess, tmp_path: Path) -> Path:
     with path.open("w") as file:
         for at, model in enumerate(models):
             body = {"model": model, "prompt": "Hi", "max_tokens": 2}
-            line = {"custom_id": f"{at}", "method": "POST", "url": "/v1/completions", "body": body}
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line(at, body)) + "\n")
     return path
+
+
+def line(at: int, body: dict[str, Any]) -> dict[str, Any]:
+    return {"custom_id": f"{at}", "method": "POST", "url": "/v1/completions", "body": body}
 
 
 def names(path: Path) -> set[str]:
@@ -67,10 +74,13 @@ def test_batch_run_refuses_what_is_no_batch(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out.batch").exists()
 
 
-def test_a_client_cancels_a_batch(real_client: Client, requests: Path) -> None:
-    with requests.open("rb") as data:
-        file = real_client.upload_file("in.jsonl", data)
-    assert real_client.file_content(file.id) == requests.read_bytes()
+def test_a_client_cancels_a_batch(real_client: Client) -> None:
+    body = {"model": real_client.info().model_id, "prompt": "Hi", "max_tokens": 20}
+    content = b"".join(
+        json.dumps(line(at, body)).encode() + b"\n" for at in range(MORE_THAN_A_CALL_TAKES)
+    )
+    file = real_client.upload_file("in.jsonl", io.BytesIO(content))
+    assert real_client.file_content(file.id) == content
     batch = real_client.create_batch(file.id)
     assert real_client.batch(batch.id).endpoint == "/v1/completions"
     assert real_client.cancel_batch(batch.id).status in ("cancelling", "cancelled")

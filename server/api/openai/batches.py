@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import Field
@@ -32,7 +32,9 @@ class BatchRequest(RequestModel):
     endpoint: Endpoint = Field(
         description="What every line's url is.", examples=["/v1/completions"]
     )
-    completion_window: Literal["24h"] = Field(description="After it the batch expires.")
+    completion_window: Literal["24h"] = Field(
+        description="After it the batch expires.", examples=["24h"]
+    )
     metadata: dict[_Key, _Value] | None = Field(
         default=None, max_length=16, description="Kept and told.", examples=[{"run": "7"}]
     )
@@ -41,52 +43,77 @@ class BatchRequest(RequestModel):
 class BatchError(AnswerModel):
     """Why a batch failed."""
 
-    code: Literal["batch_failed"] = "batch_failed"
-    message: str
-    param: None = None
-    line: None = None
+    code: Literal["batch_failed"] = Field(
+        default="batch_failed", description="The kind of error.", examples=["batch_failed"]
+    )
+    message: str = Field(
+        description="What is wrong, and what to do.",
+        examples=["line 3 has the custom_id 'a' of line 1; every line needs its own"],
+    )
+    param: None = Field(default=None, description="Always null.", examples=[None])
+    line: None = Field(
+        default=None, description="Always null: the message names it.", examples=[None]
+    )
 
 
 class BatchErrors(AnswerModel):
     """Why a batch failed, as a list."""
 
-    object: Literal["list"] = "list"
-    data: list[BatchError]
+    object: Literal["list"] = Field(default="list", description="Its kind.", examples=["list"])
+    data: list[BatchError] = Field(description="One error.")
+
+
+def _time(of: str) -> Any:
+    return Field(description=f"When it {of}, in unix seconds.", examples=[1_764_288_000])
 
 
 class BatchAnswer(AnswerModel):
-    """A batch. Times are in unix seconds; those of what has not happened are null."""
+    """A batch. The times of what has not happened are null."""
 
-    id: str = Field(examples=["batch-0123456789abcdef0123456789abcdef"])
-    object: Literal["batch"] = "batch"
-    endpoint: str
-    errors: BatchErrors | None
-    input_file_id: str
-    completion_window: Literal["24h"] = "24h"
-    status: Status
-    output_file_id: str | None = Field(description="Of the lines answered with status 200.")
-    error_file_id: str | None = Field(description="Of the other lines.")
-    created_at: int
-    in_progress_at: int | None
-    expires_at: int
-    finalizing_at: int | None
-    completed_at: int | None
-    failed_at: int | None
-    expired_at: int | None
-    cancelling_at: int | None
-    cancelled_at: int | None
-    request_counts: Counts
-    metadata: dict[str, str] | None
+    id: str = Field(description="Its name.", examples=["batch-0123456789abcdef0123456789abcdef"])
+    object: Literal["batch"] = Field(default="batch", description="Its kind.", examples=["batch"])
+    endpoint: str = Field(description="What its lines call.", examples=["/v1/completions"])
+    errors: BatchErrors | None = Field(description="Why it failed, if it did.")
+    input_file_id: str = Field(
+        description="Its requests.", examples=["file-0123456789abcdef0123456789abcdef"]
+    )
+    completion_window: Literal["24h"] = Field(
+        default="24h", description="After it the batch expires.", examples=["24h"]
+    )
+    status: Status = Field(description="Where it is.", examples=["in_progress"])
+    output_file_id: str | None = Field(
+        description="Of the lines answered with status 200.",
+        examples=["file-0123456789abcdef0123456789abcdef"],
+    )
+    error_file_id: str | None = Field(description="Of the other lines.", examples=[None])
+    created_at: int = _time("was made")
+    in_progress_at: int | None = _time("began to run")
+    expires_at: int = _time("expires")
+    finalizing_at: int | None = _time("had answered its lines")
+    completed_at: int | None = _time("ended")
+    failed_at: int | None = _time("failed")
+    expired_at: int | None = _time("expired")
+    cancelling_at: int | None = _time("was asked to stop")
+    cancelled_at: int | None = _time("stopped")
+    request_counts: Counts = Field(
+        description="Its lines.", examples=[{"total": 3, "completed": 2, "failed": 1}]
+    )
+    metadata: dict[str, str] | None = Field(description="As it was given.", examples=[{"run": "7"}])
 
 
 class BatchList(AnswerModel):
     """Batches."""
 
-    object: Literal["list"] = "list"
-    data: list[BatchAnswer]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+    object: Literal["list"] = Field(default="list", description="Its kind.", examples=["list"])
+    data: list[BatchAnswer] = Field(description="The page, the last one made first.")
+    first_id: str | None = Field(
+        description="The page's first.", examples=["batch-0123456789abcdef0123456789abcdef"]
+    )
+    last_id: str | None = Field(
+        description="The page's last, which `after` takes.",
+        examples=["batch-0123456789abcdef0123456789abcdef"],
+    )
+    has_more: bool = Field(description="Whether there is another page.", examples=[False])
 
 
 @router.post("")

@@ -44,29 +44,35 @@ _UPLOAD_BODY: dict[str, Any] = {
 class FileAnswer(AnswerModel):
     """A file."""
 
-    id: str = Field(examples=["file-0123456789abcdef0123456789abcdef"])
-    object: Literal["file"] = "file"
-    bytes: int
-    created_at: int = Field(description="In unix seconds.")
-    filename: str
-    purpose: str = Field(description="batch, or batch_output for results.")
-    status: Literal["processed"] = "processed"
+    id: str = Field(description="Its name.", examples=["file-0123456789abcdef0123456789abcdef"])
+    object: Literal["file"] = Field(default="file", description="Its kind.", examples=["file"])
+    bytes: int = Field(description="Its size.", examples=[1234])
+    created_at: int = Field(
+        description="When it was uploaded, in unix seconds.", examples=[1_764_288_000]
+    )
+    filename: str = Field(description="What its owner calls it.", examples=["requests.jsonl"])
+    purpose: str = Field(description="batch, or batch_output for results.", examples=["batch"])
+    status: Literal["processed"] = Field(
+        default="processed", description="Always so.", examples=["processed"]
+    )
 
 
 class FileList(AnswerModel):
     """Files."""
 
-    object: Literal["list"] = "list"
-    data: list[FileAnswer]
-    has_more: Literal[False] = False
+    object: Literal["list"] = Field(default="list", description="Its kind.", examples=["list"])
+    data: list[FileAnswer] = Field(description="All of the tenant's files.")
+    has_more: Literal[False] = Field(
+        default=False, description="Always false: they are on one page.", examples=[False]
+    )
 
 
 class DeletedFile(AnswerModel):
     """That a file is deleted."""
 
-    id: str
-    object: Literal["file"] = "file"
-    deleted: Literal[True] = True
+    id: str = Field(description="Its name.", examples=["file-0123456789abcdef0123456789abcdef"])
+    object: Literal["file"] = Field(default="file", description="Its kind.", examples=["file"])
+    deleted: Literal[True] = Field(default=True, description="Always so.", examples=[True])
 
 
 @router.post("", openapi_extra={"requestBody": _UPLOAD_BODY})
