@@ -42,8 +42,9 @@ FROM python:3.11-slim-bookworm
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 prefixserve \
-    && install --directory --owner=prefixserve /data
+    && groupadd --gid 10001 prefixserve \
+    && useradd --create-home --uid 10001 --gid 10001 prefixserve \
+    && install --directory --owner=prefixserve --group=prefixserve /data /keys
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PREFIXSERVE_DATA_DIR=/data \

@@ -100,10 +100,10 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
             return
 
 
-async def ask(url: str, tasks: Sequence[str], clients: int) -> None:
+async def ask(url: str, tasks: Sequence[str], clients: int, api_key: str | None = None) -> None:
     """One token of each task, so many requests at a time."""
     waiting = iter(tasks)
-    async with AsyncClient(url) as client:
+    async with AsyncClient(url, api_key=api_key) as client:
 
         async def work() -> None:
             for task in waiting:

@@ -115,10 +115,12 @@ def http_options(base_url: str | None, api_key: str | None, timeout: float) -> d
 
 
 def _own_servers_key(url: str) -> str:
-    """The key that a server on this machine left in its data directory, if there is one."""
+    """The admin key that a server on this machine has in a file, if there is one."""
     if not _LOOPBACK.match(url):
         return ""
-    path = admin_key_file(Path(os.environ.get("PREFIXSERVE_DATA_DIR") or DEFAULT_DATA_DIR))
+    named = os.environ.get("PREFIXSERVE_ADMIN_KEY_FILE")
+    data_dir = Path(os.environ.get("PREFIXSERVE_DATA_DIR") or DEFAULT_DATA_DIR)
+    path = Path(named) if named else admin_key_file(data_dir)
     try:
         return path.read_text(errors="replace").strip()
     except FileNotFoundError:

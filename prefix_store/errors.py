@@ -45,8 +45,8 @@ class UnknownKeyError(PrefixStoreError):
     """No API key of this id."""
 
 
-class AdminKeyError(PrefixStoreError):
-    """The file with the first administrator's key cannot be used."""
+class KeyFileError(PrefixStoreError):
+    """A file with an API key cannot be used."""
 
 
 class UnknownTaskError(PrefixStoreError):

@@ -178,6 +178,6 @@ def _authorization(settings: Settings) -> str:
     """The part of a curl command that brings the key."""
     if not settings.auth:
         return ""
-    path = admin_key_file(settings.data_dir)
+    path = settings.admin_key_file or admin_key_file(settings.data_dir)
     key = f"$(cat {shlex.quote(str(path))})" if path.exists() else "$PREFIXSERVE_API_KEY"
     return f'-H "Authorization: Bearer {key}" '

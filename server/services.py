@@ -8,12 +8,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from prefix_store.admin_key import ensure_admin_key
+from prefix_store.admin_key import ADMIN_KEY_ID, ensure_admin_key
+from prefix_store.api_key import Scope
 from prefix_store.collector import collecting
 from prefix_store.directory import Directory
 from prefix_store.errors import IncompatiblePrefixError
+from prefix_store.key_file import take_key
 from prefix_store.opening import opened_store
 from prefix_store.redis_store.durability import Wait
+from prefix_store.store import KeyStore
 from server.accounting.account import Accounting
 from server.accounting.running import running_accounting
 from server.audit import AuditLog
@@ -70,7 +73,7 @@ async def running_services(settings: Settings, loaded: BaseModel) -> AsyncIterat
     """Open the store, the engine and the cache; close them in reverse, also on failure.
 
     Raises:
-        StoreUnavailableError, AdminKeyError, ModelLoadError: the server cannot start so.
+        StoreUnavailableError, KeyFileError, ModelLoadError: the server cannot start so.
     """
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(
@@ -83,7 +86,7 @@ async def running_services(settings: Settings, loaded: BaseModel) -> AsyncIterat
             )
         )
         if settings.auth:
-            await ensure_admin_key(store.keys, settings.data_dir)
+            await _see_to_keys(settings, store.keys)
         metrics = Metrics(settings.max_metric_tasks)
         tokenizer = TextTokenizer(loaded.tokenizer)
         engine = start_engine(settings, loaded, metrics.observe_step)
@@ -166,6 +169,15 @@ async def running_services(settings: Settings, loaded: BaseModel) -> AsyncIterat
         await pins.start()
         await _warm_up(settings.warm_up, tasks, prefixes)
         yield services
+
+
+async def _see_to_keys(settings: Settings, keys: KeyStore) -> None:
+    if settings.admin_key_file is None:
+        await ensure_admin_key(keys, settings.data_dir)
+    else:
+        await take_key(keys, settings.admin_key_file, ADMIN_KEY_ID, tuple(Scope))
+    if settings.metrics_key_file is not None:
+        await take_key(keys, settings.metrics_key_file, "metrics", (Scope.METRICS,))
 
 
 async def _warm_up(

@@ -64,6 +64,12 @@ class Settings(BaseSettings):
     allow_unauthenticated: bool = False
     """Take requests from other machines without authentication, too; see --no-auth."""
 
+    admin_key_file: Path | None = None
+    """The operator's API key, on every server of a store; made if missing. See docs/tenants.md."""
+
+    metrics_key_file: Path | None = None
+    """An API key that allows /metrics alone, for Prometheus; made if the file is missing."""
+
     data_dir: Path = DEFAULT_DATA_DIR
     """Where the server keeps everything: the embedded store, the admin key, the converted model."""
 

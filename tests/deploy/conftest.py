@@ -21,12 +21,14 @@ ROOM = 10
 def replicas(
     tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[ServerProcess]]:
-    """Two servers on one Valkey."""
+    """Two servers on one Valkey; their keys are in files of the first one's folder."""
     folder = tmp_path_factory.mktemp("replicas")
     with ExitStack() as opened:
         port = opened.enter_context(valkey(folder / "valkey"))
-        flags = ("--no-auth", "--dtype", "float32", "--redis-url", f"redis://{HOST}:{port}")
+        flags = ("--dtype", "float32", "--redis-url", f"redis://{HOST}:{port}")
         flags += ("--prefix-cache-bytes", str(ROOM * PREFIX_BYTES))
+        for name in ("admin", "metrics"):
+            flags += (f"--{name}-key-file", str(folder / "one" / f"{name}.key"))
 
         def start(name: str) -> ServerProcess:
             return opened.enter_context(running_server(tiny_llama_dir, folder / name, *flags))
@@ -34,3 +36,9 @@ def replicas(
         with ThreadPoolExecutor(2) as threads:  # they start together
             servers = list(threads.map(start, ("one", "two")))
         yield servers
+
+
+@pytest.fixture(scope="session")
+def key(replicas: list[ServerProcess]) -> str:
+    """The operator's, at both servers."""
+    return replicas[0].key

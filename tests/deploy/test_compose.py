@@ -79,3 +79,26 @@ def test_the_store_keeps_what_it_acknowledged_and_asks_for_a_password() -> None:
     command = redis["command"][-1]
     for flag in ("--appendonly yes", "--appendfsync always", "noeviction", "--requirepass"):
         assert flag in command
+
+
+def test_the_servers_make_the_keys_and_prometheus_shows_its_own() -> None:
+    volumes = {name: mounts(name) for name in (*SERVERS, "prometheus")}
+    [shared] = set.intersection(*map(set, volumes.values()))
+    assert {volumes[name][shared] for name in SERVERS} == {"/keys"}
+    assert volumes["prometheus"][shared] == "/keys:ro"
+    settings = COMPOSE["services"][SERVERS[0]]["environment"]
+    assert settings["PREFIXSERVE_ADMIN_KEY_FILE"] == "/keys/admin.key"
+    prometheus = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    [job] = prometheus["scrape_configs"]
+    assert job["authorization"]["credentials_file"] == settings["PREFIXSERVE_METRICS_KEY_FILE"]
+    [group] = COMPOSE["services"]["prometheus"]["group_add"]
+    dockerfile = (DEPLOY.parent / "Dockerfile").read_text()
+    assert f"groupadd --gid {group} prefixserve" in dockerfile
+    assert "--owner=prefixserve --group=prefixserve /data /keys" in dockerfile
+
+
+def mounts(service: str) -> dict[str, str]:
+    """Where a service has each volume."""
+    volumes: list[str] = COMPOSE["services"][service]["volumes"]
+    pairs = [volume.split(":", 1) for volume in volumes]
+    return {name: place for name, place in pairs if not name.startswith(".")}

@@ -12,6 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from prefix_store.api_key import key_id_of
 from server.settings import ENV_PREFIX, Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -93,7 +94,7 @@ def test_pods_have_no_rights_and_write_to_their_volumes_only(objects: dict[str, 
     assert security["capabilities"] == {"drop": ["ALL"]}
     assert pod(objects)["automountServiceAccountToken"] is False
     mounts = {mount["name"]: mount["mountPath"] for mount in container(objects)["volumeMounts"]}
-    assert mounts == {"data": "/data", "tmp": "/tmp"}  # noqa: S108
+    assert mounts == {"data": "/data", "tmp": "/tmp", "keys": "/keys"}  # noqa: S108
     assert {volume["name"] for volume in pod(objects)["volumes"]} == set(mounts)
 
 
@@ -131,6 +132,37 @@ def test_secrets_are_in_the_secret_alone() -> None:
     assert reference == {"name": objects["Secret"]["metadata"]["name"], "key": "redis-url"}
     assert "Secret" not in rendered(EVERYTHING)
     assert "mine" in json.dumps(variables(rendered(EVERYTHING))["PREFIXSERVE_REDIS_URL"])
+
+
+def test_keys_are_made_and_reach_the_servers_and_prometheus(objects: dict[str, Object]) -> None:
+    [volume] = [found["secret"] for found in pod(objects)["volumes"] if found["name"] == "keys"]
+    given = {f"/keys/{item['path']}": item["key"] for item in volume["items"]}
+    keys = {
+        name: given[variables(objects)[f"PREFIXSERVE_{name.upper()}_KEY_FILE"]["value"]]
+        for name in ("admin", "metrics")
+    }
+    [mount] = [m for m in container(objects)["volumeMounts"] if m["name"] == "keys"]
+    assert mount["readOnly"] is True
+    assert volume["defaultMode"] & 0o027 == 0  # else the server refuses them
+    [endpoint] = objects["ServiceMonitor"]["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"] == {
+        "name": volume["secretName"],
+        "key": keys["metrics"],
+    }
+    if "Secret" in objects:
+        assert objects["Secret"]["metadata"]["name"] == volume["secretName"]
+        texts = {name: objects["Secret"]["stringData"][key] for name, key in keys.items()}
+        ids = {name: key_id_of(text.encode()) for name, text in texts.items()}
+        assert ids == {"admin": "admin", "metrics": "metrics"}
+
+
+def test_only_another_secret_starts_new_pods() -> None:
+    def checksum(url: str) -> str:
+        template = rendered({"secret": {"redisUrl": url}})["Deployment"]["spec"]["template"]
+        found: str = template["metadata"]["annotations"]["checksum/secret"]
+        return found
+
+    assert checksum("redis://a") == checksum("redis://a") != checksum("redis://b")
 
 
 def test_probes_ask_for_pages_that_there_are(objects: dict[str, Object]) -> None:

@@ -34,10 +34,15 @@ OK = answer(200, {"generated_text": "hello"})
 
 
 @pytest.fixture(scope="module")
-def registered(replicas: list[ServerProcess], tmp_path_factory: pytest.TempPathFactory) -> None:
+def registered(
+    replicas: list[ServerProcess], key: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """The tasks, uploaded through the balancer."""
     generator = torch.Generator().manual_seed(5)
-    with balancer(tmp_path_factory.mktemp("nginx"), urls(replicas)) as url, Client(url) as client:
+    with (
+        balancer(tmp_path_factory.mktemp("nginx"), urls(replicas)) as url,
+        Client(url, api_key=key) as client,
+    ):
         for task in TASKS:
             keys, values = (torch.randn((2, 2, 4, 16), generator=generator) for _ in range(2))
             client.upload(task, Prefix.of(keys, values, method="random"))
@@ -47,12 +52,18 @@ def urls(replicas: list[ServerProcess]) -> list[str]:
     return [replica.url for replica in replicas]
 
 
+def metrics_of(replica: ServerProcess, key: str) -> str:
+    with Client(replica.url, api_key=key) as client:
+        return client.metrics()
+
+
 def counted(replicas: list[ServerProcess], name: str) -> float:
     """A counter of the device tier, of both replicas together."""
+    key = replicas[0].key
     return sum(
         sample.value
         for replica in replicas
-        for family in text_string_to_metric_families(httpx.get(f"{replica.url}/metrics").text)
+        for family in text_string_to_metric_families(metrics_of(replica, key))
         for sample in family.samples
         if sample.name == f"prefixserve_{name}" and sample.labels == {"tier": "device"}
     )
@@ -64,7 +75,7 @@ def hit_rate(replicas: list[ServerProcess], folder: Path, *, hashed: bool) -> fl
     drawn = random.Random(1).choices(TASKS, k=REQUESTS)
     before = [counted(replicas, name) for name in names]
     with balancer(folder, urls(replicas), hashed=hashed) as url:
-        asyncio.run(ask(url, drawn, CLIENTS))
+        asyncio.run(ask(url, drawn, CLIENTS, replicas[0].key))
     hits, misses = (
         counted(replicas, name) - then for name, then in zip(names, before, strict=True)
     )
@@ -90,7 +101,10 @@ def test_the_header_chooses_a_replica_and_not_the_task(
     replicas: list[ServerProcess], tmp_path: Path
 ) -> None:
     body = {"inputs": "Hello", "task_id": TASKS[0], "parameters": {"max_new_tokens": 4}}
-    with balancer(tmp_path, urls(replicas)) as url, httpx.Client(base_url=url) as http:
+    with (
+        balancer(tmp_path, urls(replicas)) as url,
+        httpx.Client(base_url=url, headers=replicas[0].headers) as http,
+    ):
         answers = [
             http.post("/generate", json=body, headers=headers)
             for headers in ({}, *({TASK_HEADER: task} for task in (*TASKS[:8], "../x\t;%00", "%")))

@@ -33,9 +33,9 @@ def expressions() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def exposition(replicas: list[ServerProcess]) -> str:
+def exposition(replicas: list[ServerProcess], key: str) -> str:
     """`/metrics` of a server that has answered a request."""
-    with Client(replicas[0].url) as client:
+    with Client(replicas[0].url, api_key=key) as client:
         client.upload("observed", text="Hello")
         client.generate("Hello", task_id="observed", max_new_tokens=3)
         return client.metrics()
@@ -82,14 +82,18 @@ def test_every_alert_is_tested() -> None:
 
 
 @contextmanager
-def prometheus(folder: Path, targets: list[str]) -> Iterator[httpx.Client]:
-    """A Prometheus with the files of `deploy/prometheus`, which scrapes these targets at once."""
+def prometheus(folder: Path, targets: list[str], key: Path) -> Iterator[httpx.Client]:
+    """A Prometheus with the files of `deploy/prometheus`, which scrapes these targets at once.
+
+    Args:
+        key: the file with the key that it shows, in place of the one of the containers.
+    """
     shutil.copytree(DEPLOY / "prometheus", folder, dirs_exist_ok=True)
     config = yaml.safe_load((folder / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "200ms", "evaluation_interval": "200ms"}
     config["scrape_configs"][0]["static_configs"] = [{"targets": targets}]
+    config["scrape_configs"][0]["authorization"]["credentials_file"] = str(key)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    (folder / "metrics.key").write_text("ps-not-asked-for\n")
     checked = subprocess.run(
         [str(PROMTOOL), "check", "config", "prometheus.yml"],
         cwd=folder,
@@ -139,7 +143,8 @@ def test_prometheus_scrapes_servers_and_every_panel_has_data(
     replicas: list[ServerProcess], tmp_path: Path
 ) -> None:
     targets = [replica.url.removeprefix("http://") for replica in replicas]
-    with prometheus(tmp_path, targets) as http:
+    assert {httpx.get(f"{replica.url}/metrics").status_code for replica in replicas} == {401}
+    with prometheus(tmp_path, targets, replicas[0].data_dir / "metrics.key") as http:
         until_there(http, f'count(up{{job="prefixserve"}} == 1) == {len(targets)}')
         for expression in expressions():
             asked = expression.replace("$__rate_interval", "1m").replace("$instance", ".*")

@@ -13,7 +13,7 @@ import pytest
 from prefix_store.admin_key import ensure_admin_key, renew_admin_key
 from prefix_store.api_key import ApiKey, Scope, kept_of, new_key_text
 from prefix_store.data_dir import admin_key_file
-from prefix_store.errors import AdminKeyError
+from prefix_store.errors import KeyFileError
 from prefix_store.redis_store import RedisPrefixStore
 
 DAY = 86_400
@@ -28,6 +28,11 @@ async def add(store: RedisPrefixStore, tenant: str, *scopes: Scope, age: float =
 
 def text_in(data_dir: Path) -> bytes:
     return admin_key_file(data_dir).read_bytes().strip()
+
+
+def write(path: Path, content: bytes) -> None:
+    path.touch(0o600)
+    path.write_bytes(content)
 
 
 async def revoke(store: RedisPrefixStore, key_id: str) -> None:
@@ -72,7 +77,7 @@ async def test_a_key_that_the_operator_brings_is_taken(
 ) -> None:
     """And so is one that a crash left in the file and not in the store."""
     text = new_key_text()
-    admin_key_file(tmp_path).write_text(f"{text}\n")
+    write(admin_key_file(tmp_path), f"{text}\n".encode())
     await ensure_admin_key(store.keys, tmp_path)
     [key] = await store.keys.list()
     assert key.matches(text.encode())
@@ -110,15 +115,15 @@ async def test_servers_that_start_at_once_in_one_folder_make_one(
 async def test_a_file_without_a_key_is_refused(
     store: RedisPrefixStore, tmp_path: Path, content: bytes
 ) -> None:
-    admin_key_file(tmp_path).write_bytes(content)
-    with pytest.raises(AdminKeyError, match="holds no API key"):
+    write(admin_key_file(tmp_path), content)
+    with pytest.raises(KeyFileError, match="holds no API key"):
         await ensure_admin_key(store.keys, tmp_path)
     assert await store.keys.list() == []
 
 
 async def test_a_folder_that_cannot_be_written(store: RedisPrefixStore, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(AdminKeyError, match="--data-dir"):
+    with pytest.raises(KeyFileError, match="--data-dir"):
         await ensure_admin_key(store.keys, tmp_path / "file" / "data")
     assert await store.keys.list() == []
 
