@@ -71,6 +71,7 @@ def _configure(folder: Path, servers: Sequence[str], port: int, hashed: bool) ->
     """Put the files of `deploy/nginx` into `folder`, with these servers and this port."""
     lines = [f"server {urlsplit(server).netloc} max_fails=0;\n" for server in servers]
     (folder / "servers.conf").write_text("".join(lines))
+    (folder / "batches.conf").write_text(lines[0])
     places = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     changes = {
         "http {\n": "http {\n" + "".join(f"{name}_temp_path {folder / name};\n" for name in places),

@@ -61,6 +61,8 @@ def test_balancer_prometheus_and_compose_name_the_same_servers() -> None:
     addresses = [f"{name}:8000" for name in SERVERS]
     nginx = (DEPLOY / "nginx" / "servers.conf").read_text()
     assert re.findall(r"^server (\S+) max_fails=0;$", nginx, re.MULTILINE) == addresses
+    batches = (DEPLOY / "nginx" / "batches.conf").read_text()
+    assert re.findall(r"^server (\S+) max_fails=0;$", batches, re.MULTILINE) == addresses[:1]
     prometheus = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     assert prometheus["scrape_configs"][0]["static_configs"] == [{"targets": addresses}]
     assert set(yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())["services"]) == set(

@@ -26,11 +26,21 @@ EVERYTHING = {
     "settings": {"max_slots": 128, "prefix_cache_bytes": "8GiB", "max_waiting": 1_000_000},
     "secret": {"existing": "mine"},
     "nodeSelector": {"gpu": "a100"},
-    "data": {"existingClaim": "models"},
+    "models": {"existingClaim": "models"},
     "autoscaling": {"enabled": False},
-    "ingress": {"enabled": True, "host": "tasks.example.com", "tlsSecret": "tls"},
+    "ingress": {
+        "enabled": True,
+        "host": "tasks.example.com",
+        "tlsSecret": "tls",
+        "batchesService": "one",
+    },
     "networkPolicy": {"from": [], "https": False},
     "serviceMonitor": {"labels": {"release": "prometheus"}},
+}
+ONE = {
+    "replicas": 1,
+    "autoscaling": {"enabled": False},
+    "data": {"existingClaim": "disk"},
 }
 Object = dict[str, Any]
 
@@ -94,7 +104,11 @@ def test_pods_have_no_rights_and_write_to_their_volumes_only(objects: dict[str, 
     assert security["capabilities"] == {"drop": ["ALL"]}
     assert pod(objects)["automountServiceAccountToken"] is False
     mounts = {mount["name"]: mount["mountPath"] for mount in container(objects)["volumeMounts"]}
+    models = mounts.pop("models", None)
     assert mounts == {"data": "/data", "tmp": "/tmp", "keys": "/keys"}  # noqa: S108
+    if models is not None:
+        mounts["models"] = models
+        assert variables(objects)["HF_HOME"]["value"].startswith(f"{models}/")
     assert {volume["name"] for volume in pod(objects)["volumes"]} == set(mounts)
 
 
@@ -200,6 +214,20 @@ def test_the_ingress_hashes_what_clients_send() -> None:
     assert annotations["nginx.ingress.kubernetes.io/upstream-hash-by"] == "$http_x_task_id"
 
 
+def test_the_ingress_sends_files_and_batches_to_one_server() -> None:
+    [rule] = rendered(EVERYTHING)["Ingress"]["spec"]["rules"]
+    services = {path["path"]: path["backend"]["service"] for path in rule["http"]["paths"]}
+    assert {path: service["name"] for path, service in services.items()} == {
+        "/v1/files": "one",
+        "/v1/batches": "one",
+        "/": rendered(EVERYTHING)["Service"]["metadata"]["name"],
+    }
+    one = rendered({**SECRET, **ONE})
+    assert one["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
+    [data] = [volume for volume in pod(one)["volumes"] if volume["name"] == "data"]
+    assert data["persistentVolumeClaim"] == {"claimName": "disk"}
+
+
 def test_alerts_and_dashboard_are_the_files_of_deploy(objects: dict[str, Object]) -> None:
     alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
     assert objects["PrometheusRule"]["spec"] == alerts
@@ -215,6 +243,8 @@ def test_alerts_and_dashboard_are_the_files_of_deploy(objects: dict[str, Object]
         ({**SECRET, "drainSeconds": "a minute"}, "drainSeconds"),
         ({**SECRET, "settings": {"MAX-SLOTS": 3}}, "MAX-SLOTS"),
         ({**SECRET, "ingress": {"enabled": True}}, "set ingress.host"),
+        ({**SECRET, **ONE, "replicas": 2}, "the disk of one server"),
+        ({**SECRET, **ONE, "autoscaling": {"enabled": True}}, "the disk of one server"),
     ],
 )
 def test_wrong_values_are_refused(values: Object, words: str) -> None:

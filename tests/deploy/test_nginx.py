@@ -16,10 +16,12 @@ import httpx
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
 from benchmarks.balancing import NGINX, ask, balancer
 from clients import Client
 from clients._calls import TASK_HEADER
+from clients.cli import app
 from prefix_store.prefix import Prefix
 from tests.clients.faulty_server import FaultyServer, answer, drop, faulty_server, refuse
 from tests.deploy.conftest import ROOM
@@ -190,6 +192,47 @@ def test_a_change_is_never_sent_twice(
     with balancer(tmp_path, [server.url for server in scripted]) as url:
         assert httpx.post(f"{url}{path}").status_code in {429, 502, 503}
     assert sum(len(server.requests) for server in scripted) == 1
+
+
+BATCH_CALLS = [
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files?limit=3"),
+    ("GET", "/v1/files/file-1/content"),
+    ("DELETE", "/v1/files/file-1"),
+    ("POST", "/v1/batches"),
+    ("POST", "/v1/batches/batch-1/cancel"),
+]
+
+
+def test_files_and_batches_go_to_one_replica(scripted: list[FaultyServer], tmp_path: Path) -> None:
+    own, *others = scripted
+    own.script(*[OK] * len(BATCH_CALLS) * 4, drop, refuse(503))
+    with (
+        balancer(tmp_path, [server.url for server in scripted]) as url,
+        httpx.Client(base_url=url) as http,
+    ):
+        for method, path in BATCH_CALLS:
+            for task in TASKS[:4]:
+                answer = http.request(method, path, headers={TASK_HEADER: task})
+                assert answer.status_code == 200, path
+        lost, full = http.get("/v1/files"), http.get("/v1/files")
+    assert (lost.status_code, full.status_code) == (502, 503)
+    assert [server.requests for server in others] == [[], []]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_batch_runs_behind_the_balancer(
+    replicas: list[ServerProcess], key: str, tmp_path: Path
+) -> None:
+    body = {"model": TASKS[0], "prompt": "Hello", "max_tokens": 2}
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}
+    requests, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text(json.dumps(line))
+    with balancer(tmp_path, urls(replicas)) as url:
+        command = ["batch", "run", str(requests), str(answers), "--url", url, "--interval", "0.1"]
+        done = CliRunner().invoke(app, command, env={"PREFIXSERVE_API_KEY": key})
+    assert done.exit_code == 0, done.output
+    assert json.loads(answers.read_text())["response"]["status_code"] == 200
 
 
 def test_a_replica_that_is_gone_is_passed_over(
