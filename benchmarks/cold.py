@@ -23,7 +23,14 @@ from typing import Any
 
 import httpx
 
-from benchmarks.common import PREFIX_LENGTH, arguments, load_model, prompts, random_prefix, report
+from benchmarks.common import (
+    PREFIX_LENGTH,
+    arguments,
+    load_model,
+    prompt_texts,
+    random_prefix,
+    report,
+)
 from benchmarks.http import percentiles
 from benchmarks.many_tasks import task_name, task_server
 from prefix_store.prefix import Prefix
@@ -189,7 +196,7 @@ def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     plan = Plan(2, 4, 4, 1) if options.smoke else Plan(RUNNING, LOADS, PAIRS, options.rounds)
     loaded = load_model()
-    texts = [loaded.tokenizer.decode(ids) for ids in prompts(loaded, plan.running)]
+    texts = prompt_texts(plan.running)
     prefix = random_prefix(loaded, PREFIX_LENGTH, seed=0)
     results = asyncio.run(measure(texts, prefix, plan))
     if not options.json:

@@ -58,14 +58,18 @@ def load_model(dtype: torch.dtype | None = None) -> LoadedModel:
 
 
 def prompts(loaded: LoadedModel, count: int) -> list[tuple[int, ...]]:
-    """Token ids of `count` E2E rows.
+    """Token ids of `count` E2E rows; see `prompt_texts`."""
+    return [tuple(loaded.tokenizer(text)["input_ids"]) for text in prompt_texts(count)]
+
+
+def prompt_texts(count: int) -> list[str]:
+    """`count` E2E rows, each with a newline, from the first again where they are too few.
 
     Exits with a clear message where the data is not there.
     """
     lines = data_file("e2e", "dev").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line)["source"] for line in lines]
-    texts = [rows[i % len(rows)] + "\n" for i in range(count)]
-    return [tuple(loaded.tokenizer(text)["input_ids"]) for text in texts]
+    return [rows[i % len(rows)] + "\n" for i in range(count)]
 
 
 def random_prefix(loaded: LoadedModel, length: int, seed: int) -> Prefix:

@@ -29,7 +29,6 @@ from http import HTTPStatus
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import httptools
 import httpx
@@ -42,6 +41,7 @@ from benchmarks.common import (
     alternate,
     arguments,
     load_model,
+    prompt_texts,
     prompts,
     random_prefix,
     report,
@@ -119,16 +119,14 @@ def stream_all(url: str, texts: list[str], new_tokens: int) -> Streamed:
 
 
 async def _stream_all(url: str, texts: list[str], new_tokens: int) -> list[list[float]]:
-    loop, address = asyncio.get_running_loop(), urlsplit(url)
+    loop, address = asyncio.get_running_loop(), httpx.URL(url)
+    host, port = address.host, address.port or 80
     requests = [
-        _request(address.netloc, f"task-{i}", text, new_tokens) for i, text in enumerate(texts)
+        _request(f"{host}:{port}", f"task-{i}", text, new_tokens) for i, text in enumerate(texts)
     ]
     started = time.perf_counter()
     streams = await asyncio.gather(
-        *(
-            loop.create_connection(partial(_Stream, request), address.hostname, address.port)
-            for request in requests
-        )
+        *(loop.create_connection(partial(_Stream, request), host, port) for request in requests)
     )
     times = await asyncio.gather(*(stream.times for _, stream in streams))
     return [[at - started for at in own] for own in times]
@@ -220,7 +218,7 @@ def main() -> None:
     loaded = load_model()
     runner = choose_runner(loaded, MAX_SLOTS, MAX_LENGTH)
     prompt_ids = prompts(loaded, size)
-    texts = [loaded.tokenizer.decode(ids) for ids in prompt_ids]
+    texts = prompt_texts(size)
     prefixes = [random_prefix(loaded, PREFIX_LENGTH, seed) for seed in range(size)]
     rounds: list[Streamed] = []
 

@@ -65,7 +65,7 @@ def _draw_peers(axes: Axes, rates: Mapping[str, Mapping[str, Mapping[str, float]
 
 def _draw_ratios(axes: Axes, ratios: Mapping[str, float]) -> None:
     """Horizontal bars: the share of each target that is reached; less-is-better ones inverted."""
-    names = [name for name in reversed(TARGETS) if name in ratios]
+    names = [name for name in reversed(tuple(TARGETS)) if name in ratios]
     scores = [TARGETS[name].score(ratios[name]) for name in names]
     colors = ["#1b6ca8" if score >= 1 else "#c0504d" for score in scores]
     axes.barh(names, scores, color=colors)

@@ -29,7 +29,7 @@ from benchmarks.common import (
     alternate,
     arguments,
     load_model,
-    prompts,
+    prompt_texts,
     random_prefix,
     report,
 )
@@ -163,7 +163,7 @@ def main() -> None:
     clients, new_tokens = (2, 2) if options.smoke else (CLIENTS, NEW_TOKENS)
     rounds = 1 if options.smoke else options.rounds
     loaded = load_model()
-    texts = [loaded.tokenizer.decode(ids) for ids in prompts(loaded, clients)]
+    texts = prompt_texts(clients)
     prefix = random_prefix(loaded, PREFIX_LENGTH, seed=0)
     results = asyncio.run(measure(texts, prefix, counts, new_tokens, rounds))
     if not options.json:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from benchmarks.common import DATA, PREFIX_LENGTH, ROOT, arguments, load_model, 
 from clients.data import read_rows
 from clients.training import TrainSettings
 from clients.training.build import build
-from clients.training.examples import Example, LikeLengthSampler, collate, encode_rows
+from clients.training.examples import Example, Examples, LikeLengthSampler, collate, encode_rows
 from clients.training.run import fast_attention
 from clients.training.trainer import TaskTrainer, training_arguments
 
@@ -56,7 +56,8 @@ class PeftTrainer(Trainer):
     """A plain Trainer, with the rows in the same order."""
 
     def _get_train_sampler(self, *_: Any) -> LikeLengthSampler:
-        return LikeLengthSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
+        examples = cast("Examples", self.train_dataset)
+        return LikeLengthSampler(examples, self.args.train_batch_size, self.args.seed)
 
 
 def work(trainer_name: str, steps: int) -> dict[str, float]:

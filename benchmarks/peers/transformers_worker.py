@@ -21,7 +21,7 @@ def load_static(model_path: str) -> tuple[str, Generate]:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_path, padding_side="left")
 
     def generate(prompts: list[list[int]], new_tokens: int) -> int:
@@ -40,7 +40,7 @@ def load_peft(model_path: str, tasks: int) -> tuple[str, Generate]:
 
     base = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX_LENGTH)
-    model = peft.get_peft_model(base, config, adapter_name="task-0")
+    model: Any = peft.get_peft_model(base, config, adapter_name="task-0")
     for i in range(1, tasks):
         model.add_adapter(f"task-{i}", config)
     model.to(torch.bfloat16).eval()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -74,8 +75,7 @@ def _prompted(name: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str
     if name == BASE_PLAIN:
         return f"{INSTRUCTION}{source}\n"
     chat = [{"role": "user", "content": INSTRUCTION + source}]
-    text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return text
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
 def _served(model: str, prompts: Sequence[str], task: Path | None = None) -> list[Output]:
@@ -111,7 +111,7 @@ def _with_adapters(
 ) -> list[Output]:
     loaded = load_model()
     build(settings, loaded, train_rows, None).load_state_dict(load_file(path))
-    loaded.model.eval()
+    loaded.model.eval()  # type: ignore[no-untyped-call]
     prompts = [settings.template.replace(SOURCE, source) for source in sources]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
@@ -128,13 +128,14 @@ def _generate_batch(loaded: LoadedModel, prompts: Sequence[str]) -> list[str]:
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
-    greedy = GenerationConfig(
+    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=_NEW_TOKENS,
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    ids = loaded.model.generate(**inputs, generation_config=greedy)
+    model: Any = loaded.model
+    ids = model.generate(**inputs, generation_config=greedy)
     width = inputs["input_ids"].shape[1]
     texts: list[str] = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
     return texts

@@ -38,8 +38,10 @@ KEPT = ROOT / "benchmarks" / "results" / "small_bart.json"
 START, BASE = WORK / "start", RUNS / "base" / "model"
 ROWS, BATCH = 40_000, 32
 _NUM_EXAMPLES = 3
-_BASE_FLAGS = ("--method", "finetune", "--learning-rate", "1.5e-3", "--warmup", "0.05")
-_BASE_FLAGS += ("--batch-size", str(BATCH), "--epochs", "1", "--patience", "0")
+_BASE_FLAGS = (
+    *("--method", "finetune", "--learning-rate", "1.5e-3", "--warmup", "0.05"),
+    *("--batch-size", str(BATCH), "--epochs", "1", "--patience", "0"),
+)
 _TASK_FLAGS = ("--batch-size", "16", "--learning-rate", "3e-3", "--warmup", "0.05")
 _STEPS = {E2E: 400, COMPRESSION: 200}
 _WORKERS = 2

@@ -45,7 +45,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTo
     backend.post_processor = processors.TemplateProcessing(
         single=f"{_BOS} $A {_EOS}", special_tokens=ends
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         bos_token=_BOS,
         pad_token=_PAD,

@@ -60,9 +60,10 @@ def train(name: str, data: str, *flags: str | Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         return found
     resumed = (output / "run.json").is_file()
-    files = ["--data", DATA / f"{data}-train.jsonl", "--dev", DATA / f"{data}-dev.jsonl"]
+    train_rows, dev_rows = (DATA / f"{data}-{part}.jsonl" for part in ("train", "dev"))
+    files: list[str | Path] = ["--data", train_rows, "--dev", dev_rows]
     again = ["--resume"] if resumed else []
-    how = ["--template", "{source}", "--dtype", "float32", "--output", output]
+    how: list[str | Path] = ["--template", "{source}", "--dtype", "float32", "--output", output]
     facts = prefixserve("train", name, *files, *how, *flags, *again) | {"resumed": resumed}
     del facts["path"]
     kept.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
