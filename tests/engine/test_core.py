@@ -168,6 +168,7 @@ def test_captured_steps_give_the_same_tokens(tiny: LoadedModel, plans: list[Plan
     check_greedy(tiny, plans, run(tiny, plans, static=True))
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("shape", ["llama", "qwen2"])
 @pytest.mark.parametrize("length", [47, 48, 55])
 def test_rows_that_read_a_long_prefix_together(shape: str, length: int) -> None:
@@ -186,6 +187,7 @@ def test_rows_that_read_a_long_prefix_together(shape: str, length: int) -> None:
     assert found == [greedy(loaded, prefix, prompt, 8)[0] for prompt in prompts]
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("shape", ["llama", "qwen2"])
 def test_rows_that_read_a_long_prompt_together(shape: str) -> None:
     loaded = tiny_model(shape)
@@ -257,6 +259,7 @@ def test_the_end_of_a_text_can_be_ignored(
     assert [event.finish_reason for event in events] == reasons
 
 
+@pytest.mark.usefixtures("loops")
 def test_fast_paths_are_chosen_by_structure(tiny: LoadedModel) -> None:
     expected = tiny.model.config.model_type in {"llama", "qwen2"}
     assert isinstance(choose_runner(tiny, 2, 16), PackedRunner) is expected

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
 
-from server.engine.kernels import kernels_for, library
+from server.engine.kernels import kernels_for
 from server.engine.packed_matrix import pack_linears, project, quantize
 
 RELATIVE_ERROR = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
-
-@pytest.fixture(params=["this processor", "any processor"], autouse=True)
-def loops(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Which inner loops compute."""
-    compiled = library()
-    assert compiled is not None
-    compiled.choose_tiles(int(request.param == "any processor"))
-    yield
-    compiled.choose_tiles(0)
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 def linears(*columns: int, depth: int, dtype: torch.dtype, bias: bool) -> list[nn.Linear]:

@@ -96,13 +96,8 @@ INLINE void NAME(see_block)(State *state, int64_t first, const int count, const 
   }
 }
 
-/* Queries first .. last - 1 see `length` more positions. */
-INLINE void NAME(see)(State *state, int64_t first, int64_t last, const T *keys, const T *values,
-                      int64_t length, const int64_t head_dim, float scale) {
-  if (last - first >= TILE && length >= PANEL) {
-    NAME(see_shared)(state, first, last, keys, values, length, head_dim, scale);
-    return;
-  }
+INLINE void NAME(see_blocks)(State *state, int64_t first, int64_t last, const T *keys,
+                             const T *values, int64_t length, const int64_t head_dim) {
   for (int64_t j = 0; j < length; j += BLOCK) {
     const int64_t size = length - j < BLOCK ? length - j : BLOCK;
     const T *k = keys + j * head_dim, *v = values + j * head_dim;
@@ -116,10 +111,39 @@ INLINE void NAME(see)(State *state, int64_t first, int64_t last, const T *keys, 
   }
 }
 
+/* With registers for a block's sums, known sizes become straight vector code. */
+WIDE void NAME(see_blocks_wide)(State *state, int64_t first, int64_t last, const T *keys,
+                                const T *values, int64_t length, int64_t head_dim) {
+  switch (head_dim) {
+    case 64: NAME(see_blocks)(state, first, last, keys, values, length, 64); break;
+    case 128: NAME(see_blocks)(state, first, last, keys, values, length, 128); break;
+    default: NAME(see_blocks)(state, first, last, keys, values, length, head_dim);
+  }
+}
+
+/* Without, they bring little and take minutes to compile; AVX2 brings nothing. */
+static __attribute__((noinline)) void NAME(see_blocks_narrow)(State *state, int64_t first,
+                                                              int64_t last, const T *keys,
+                                                              const T *values, int64_t length,
+                                                              int64_t head_dim) {
+  NAME(see_blocks)(state, first, last, keys, values, length, head_dim);
+}
+
+/* Queries first .. last - 1 see `length` more positions. */
+INLINE void NAME(see)(State *state, int64_t first, int64_t last, const T *keys, const T *values,
+                      int64_t length, int64_t head_dim, float scale) {
+  if (last - first >= TILE && length >= PANEL)
+    NAME(see_shared)(state, first, last, keys, values, length, head_dim, scale);
+  else if (wide)
+    NAME(see_blocks_wide)(state, first, last, keys, values, length, head_dim);
+  else
+    NAME(see_blocks_narrow)(state, first, last, keys, values, length, head_dim);
+}
+
 /* Rows first .. last - 1 of one slot: what all of them see, then what the later ones add. */
 INLINE void NAME(see_slot)(State *state, const Step *step, const T *keys, const T *values,
                            int64_t first, int64_t last, int64_t base, int64_t group,
-                           const int64_t head_dim, float scale) {
+                           int64_t head_dim, float scale) {
   const int64_t shared = step->lengths[first], end = (last - base) * group;
   NAME(see)(state, (first - base) * group, end, keys, values, shared, head_dim, scale);
   for (int64_t row = first + 1; row < last; row++) {
@@ -131,10 +155,11 @@ INLINE void NAME(see_slot)(State *state, const Step *step, const T *keys, const 
 }
 
 /* Rows first .. last - 1, all of one prefix, for one key-value head. */
-INLINE void NAME(attend_rows)(const Model *model, const Step *step, int64_t layer, int64_t first,
-                              int64_t last, int64_t head, const int64_t head_dim) {
+VECTOR void NAME(attend_group)(const Model *model, const Step *step, int64_t layer, int64_t first,
+                               int64_t last, int64_t head) {
   State state;
   const int64_t heads = model->num_heads, group = heads / model->kv_heads;
+  const int64_t head_dim = model->head_dim;
   const int64_t queries = (last - first) * group, width = (heads + 2 * model->kv_heads) * head_dim;
   for (int64_t i = 0; i < queries; i++) {
     const T *query = (const T *)step->qkv + (first + i / group) * width +
@@ -165,15 +190,6 @@ INLINE void NAME(attend_rows)(const Model *model, const Step *step, int64_t laye
     const float share = 1.0f / state.weight[i];
 #pragma omp simd
     for (int64_t d = 0; d < head_dim; d++) output[d] = STORE(state.sum[i][d] * share);
-  }
-}
-
-VECTOR void NAME(attend_group)(const Model *model, const Step *step, int64_t layer, int64_t first,
-                               int64_t last, int64_t head) {
-  switch (model->head_dim) { /* known sizes become straight vector code */
-    case 64: NAME(attend_rows)(model, step, layer, first, last, head, 64); break;
-    case 128: NAME(attend_rows)(model, step, layer, first, last, head, 128); break;
-    default: NAME(attend_rows)(model, step, layer, first, last, head, model->head_dim);
   }
 }
 

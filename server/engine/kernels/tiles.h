@@ -97,18 +97,22 @@ INLINE AVX512(",avx512vnni") __m512i add_product_int8(__m512i sum, __m512i x, __
 
 #define HAS(feature) __builtin_cpu_supports(feature)
 #define CHOOSE(kind, feature) \
-  (!generic_only && HAS("avx512bw") && HAS(feature) ? tile_##kind##_avx512 : tile_##kind##_generic)
+  (wide && HAS(feature) ? tile_##kind##_avx512 : tile_##kind##_generic)
+#define WIDE static AVX512("") __attribute__((noinline))
+#define HAS_WIDE HAS("avx512bw")
 #else
-#define HAS(feature) 0
 #define CHOOSE(kind, feature) tile_##kind##_generic
+#define WIDE static __attribute__((noinline))
+#define HAS_WIDE 1
 #endif
 
-/* For tests: 1 keeps to the loops that every processor has. */
-static int generic_only = 0;
+/* Whether this processor has 32 vector registers, and may use them. */
+static int wide;
 static Tile tile_f32, tile_bf16, tile_int8;
 
+/* For tests: `generic` keeps to the loops that every processor has. */
 void choose_tiles(int64_t generic) {
-  generic_only = (int)generic;
+  wide = !generic && HAS_WIDE;
   tile_f32 = CHOOSE(f32, "avx512f");
   tile_bf16 = CHOOSE(bf16, "avx512bf16");
   tile_int8 = CHOOSE(int8, "avx512vnni");
