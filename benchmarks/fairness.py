@@ -1,47 +1,45 @@
-"""What one tenant's flood does to another tenant's waiting.
+"""What one tenant's flood does to another tenant's waiting, on a server.
 
     python -m benchmarks.fairness
 
-One engine, as a server has it, on its thread. First its capacity is measured: requests a second
-when there are always more than it has slots for. With two tenants, half of that is a share. The
-guest asks for half of its share, at random times; the flood for 50 times its own, most of which is
-refused.
+A server process with two tenants and a key for each. First its capacity is measured: sequences a
+second when there are always more than it has slots for. With two tenants, half of that is a share.
+The guest asks for half of its share at random times, a sequence a request; the flood for 50 times
+its own, most of which is refused, many sequences a request so that it takes the server's time for
+sequences and not for HTTP.
 
-The guest's queue time is what the engine tells with the first token: from `submit` to its slot. It
-is taken alone and beside the flood, in turns, and once more with both under one name, which is
-first come, first served. A request that comes in the middle of a step waits for the step's end at
-least, and beside the flood every step is a full one: so the figure is the 99th percentile beside
-the flood over twice that alone and one (99th percentile) step beside the flood; up to 1 the promise
-is kept.
+The guest's queue time is the server's own, of each request's line in its log: until it has a slot.
+It is taken alone and beside the flood, in turns, and once more with both under one key, which is
+first come, first served. The figure is the 99th percentile beside the flood over that alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
+import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
-from benchmarks.common import arguments, load_model, prompts, report
-from benchmarks.http import percentiles
-from prefix_store.model_loading import LoadedModel
-from server.engine.native import NativeEngine
-from server.engine.protocol import (
-    EngineConfig,
-    GenerationRequest,
-    QueueFullError,
-    SamplingParams,
-    StepStats,
-)
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.common import arguments, prompt_texts, report
+from benchmarks.http import ServerProcess, percentiles, running_server
 
 FLOOD, GUEST = "flood", "guest"
 FLOOD_SHARES, GUEST_SHARES = 50, 0.5
+FLOOD_INPUTS = 32
+PATIENCE_SECONDS = 5
+ALONE, BESIDE, ONE_KEY = "alone", "beside_flood", "one_key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,181 +52,226 @@ class Plan:
     rounds: int
 
 
-@dataclass(slots=True)
-class Seen:
-    """What became of one tenant's requests in the rounds of one kind.
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one tenant asks for.
 
     Attributes:
-        queue, first: seconds to the slot and to the first token, of each that was answered.
-        full: set once one was refused.
+        rate: sequences a second, on average.
+        key: whose key it asks with.
+        inputs: sequences of each request.
+        patience: seconds to wait at the end for what is not answered yet.
+    """
+
+    tenant: str
+    rate: float
+    key: str
+    inputs: int = 1
+    patience: float = 0.0
+
+
+@dataclass(slots=True)
+class Seen:
+    """What became of one tenant's sequences in the rounds of one kind.
+
+    Attributes:
+        full: set once some were refused.
     """
 
     asked: int = 0
     refused: int = 0
-    queue: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
     full: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Steps:
-    """The engine's steps in the rounds of each kind; `seen` is a `StepObserver`."""
-
-    def __init__(self) -> None:
-        self.kind = ""
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-        self.preempted: Counter[str] = Counter()
-
-    def seen(self, step: StepStats) -> None:
-        """Keep one."""
-        self.seconds[self.kind].append(step.seconds)
-        self.preempted[self.kind] += step.preempted
-
-
 class Clients:
-    """Ask the engine, and count."""
+    """Ask the server; each request's id begins with the kind of its round and its tenant."""
 
-    def __init__(self, engine: NativeEngine, prompt_ids: list[tuple[int, ...]], new: int) -> None:
-        self._engine = engine
-        self._prompts = prompt_ids
-        self._sampling = SamplingParams(max_new_tokens=new, ignore_eos=True)
-        self._numbers = count()
+    def __init__(self, http: httpx.AsyncClient, keys: dict[str, str], new_tokens: int) -> None:
+        self._http = http
+        self._keys = keys
+        self._new_tokens = new_tokens
+        self._texts = itertools.cycle(prompt_texts(64))
+        self._numbers = itertools.count()
+        self._rng = random.Random(0)  # noqa: S311 - not for secrets
 
-    async def ask(self, tenant: str, seen: Seen) -> None:
+    async def ask(self, kind: str, load: Load, seen: Seen) -> None:
         """One request, to its end or until it is cancelled."""
-        number = next(self._numbers)
-        prompt = self._prompts[number % len(self._prompts)]
-        request = GenerationRequest(str(number), prompt, self._sampling, tenant=tenant)
-        seen.asked += 1
-        started = time.perf_counter()
-        try:
-            stream = self._engine.submit(request)
-        except QueueFullError:
-            seen.refused += 1
+        seen.asked += load.inputs
+        answer = await self._http.post(
+            "/generate",
+            json={
+                "inputs": [next(self._texts) for _ in range(load.inputs)],
+                "parameters": {"max_new_tokens": self._new_tokens, "ignore_eos": True},
+            },
+            headers={
+                "Authorization": f"Bearer {self._keys[load.key]}",
+                "X-Request-Id": f"{kind}:{load.tenant}:{next(self._numbers)}",
+            },
+        )
+        if answer.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+            seen.refused += load.inputs
             seen.full.set()
-            return
-        try:
-            async for event in stream:
-                if event.queue_seconds is not None:
-                    seen.queue.append(event.queue_seconds)
-                    seen.first.append(time.perf_counter() - started)
-        finally:
-            await stream.aclose()
+        else:
+            answer.raise_for_status()
 
     @asynccontextmanager
-    async def asking(
-        self, tenant: str, seen: Seen, rate: float, rng: random.Random
-    ) -> AsyncIterator[None]:
-        """Ask at random times, `rate` a second on average, whatever becomes of it."""
+    async def asking(self, kind: str, load: Load, seen: Seen) -> AsyncIterator[None]:
+        """Ask at random times, whatever becomes of it."""
         running: set[asyncio.Task[None]] = set()
 
         async def ask_on() -> None:
             at = time.perf_counter()
             while True:
-                task = asyncio.create_task(self.ask(tenant, seen))
+                task = asyncio.create_task(self.ask(kind, load, seen))
                 running.add(task)
                 task.add_done_callback(running.discard)
-                at += rng.expovariate(rate)
+                at += self._rng.expovariate(load.rate / load.inputs)
                 await asyncio.sleep(at - time.perf_counter())
 
         asking = asyncio.create_task(ask_on())
         try:
             yield
         finally:
+            asking.cancel()
+            if running:
+                await asyncio.wait(running, timeout=load.patience)
             for task in (ended := [asking, *running]):
                 task.cancel()
             await asyncio.gather(*ended, return_exceptions=True)
 
-    async def capacity(self, requests: int) -> float:
-        """Requests a second while there are more than fit."""
+    async def capacity(self, sequences: int) -> float:
+        """Sequences a second while there are more than fit."""
         started = time.perf_counter()
-        await asyncio.gather(*(self.ask(GUEST, Seen()) for _ in range(requests)))
-        return requests / (time.perf_counter() - started)
+        calls, load = sequences // FLOOD_INPUTS, Load(FLOOD, 0, FLOOD, FLOOD_INPUTS)
+        await asyncio.gather(*(self.ask("capacity", load, Seen()) for _ in range(calls)))
+        return calls * FLOOD_INPUTS / (time.perf_counter() - started)
+
+    async def metrics(self) -> dict[str, float]:
+        """The server's own, added up over labels."""
+        headers = {"Authorization": f"Bearer {self._keys['default']}"}
+        answer = await self._http.get("/metrics", headers=headers)
+        found: dict[str, float] = defaultdict(float)
+        for family in text_string_to_metric_families(answer.raise_for_status().text):
+            for one in family.samples:
+                found[one.name.removeprefix("prefixserve_")] += one.value
+        return found
+
+    async def idle(self) -> None:
+        """Return when nothing waits or runs."""
+        now = await self.metrics()
+        while now["running_requests"] or now["waiting_requests"]:
+            await asyncio.sleep(0.05)
+            now = await self.metrics()
 
 
 class Rounds:
-    """Rounds of the guest alone and beside the flood, on one engine."""
+    """Rounds of the guest alone and beside the flood, on one server."""
 
-    def __init__(self, clients: Clients, steps: Steps, share: float, seconds: float) -> None:
+    def __init__(self, clients: Clients, share: float, seconds: float) -> None:
         self._clients = clients
-        self._steps = steps
         self._share = share
         self._seconds = seconds
-        self._rng = random.Random(0)  # noqa: S311 - not for secrets
-        self.guest: dict[str, Seen] = defaultdict(Seen)
-        self.flood: dict[str, Seen] = defaultdict(Seen)
+        self._guest: dict[str, Seen] = defaultdict(Seen)
+        self._flood: dict[str, Seen] = defaultdict(Seen)
+        self._steps: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
 
-    async def run(self, kind: str, flood: str | None = None) -> None:
+    async def run(self, kind: str) -> None:
         """One round; where there is a flood, the guest begins when it is as high as it gets."""
-        if flood is None:
+        await self._clients.idle()
+        if kind == ALONE:
             await self._ask(kind)
             return
-        seen = self.flood[kind]
+        seen = self._flood[kind]
         seen.full.clear()
-        async with self._clients.asking(flood, seen, FLOOD_SHARES * self._share, self._rng):
+        load = Load(FLOOD, FLOOD_SHARES * self._share, FLOOD, FLOOD_INPUTS)
+        async with self._clients.asking(kind, load, seen):
             await seen.full.wait()
-            await self._ask(kind)
+            await self._ask(kind, key=FLOOD if kind == ONE_KEY else GUEST)
 
-    async def _ask(self, kind: str) -> None:
-        rate = GUEST_SHARES * self._share
-        async with self._clients.asking(GUEST, self.guest[kind], rate, self._rng):
-            self._steps.kind = kind
+    async def _ask(self, kind: str, key: str = GUEST) -> None:
+        load = Load(GUEST, GUEST_SHARES * self._share, key, patience=PATIENCE_SECONDS)
+        names = ("step_seconds_sum", "step_seconds_count", "preempted_total")
+        before = await self._clients.metrics()
+        async with self._clients.asking(kind, load, self._guest[kind]):
             await asyncio.sleep(self._seconds)
-            self._steps.kind = ""
+        after = await self._clients.metrics()
+        added = [after[name] - before[name] for name in names]
+        self._steps[kind] = [a + b for a, b in zip(self._steps[kind], added, strict=True)]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, log: Path) -> dict[str, Any]:
         """Every figure of every kind."""
-        return {kind: self._summary(kind) for kind in self.guest}
+        waited = _queue_seconds(log)
+        return {kind: self._summary(kind, waited[f"{kind}:{GUEST}"]) for kind in self._guest}
 
-    def _summary(self, kind: str) -> dict[str, Any]:
-        guest, flood = self.guest[kind], self.flood.get(kind)
+    def _summary(self, kind: str, waited: list[float]) -> dict[str, Any]:
+        guest, flood = self._guest[kind], self._flood.get(kind)
+        seconds, steps, preempted = self._steps[kind]
         found: dict[str, Any] = {
             "asked": guest.asked,
-            "answered": len(guest.queue) / max(1, guest.asked),
-            "step": percentiles(self._steps.seconds[kind]),
-            "preempted": self._steps.preempted[kind],
+            "answered": len(waited) / max(1, guest.asked),
+            "step_mean_ms": 1000 * seconds / max(1.0, steps),
+            "preempted": int(preempted),
         }
-        if guest.queue:  # twice, for a smoke run that has one
-            found |= {"queue": percentiles(2 * guest.queue), "ttft": percentiles(2 * guest.first)}
+        if waited:  # twice, for a smoke run that has one
+            found["queue"] = percentiles(2 * waited)
         if flood is not None:
             found["flood"] = {"asked": flood.asked, "refused": flood.refused / flood.asked}
         return found
 
 
-async def measure(loaded: LoadedModel, plan: Plan) -> dict[str, Any]:
+def _queue_seconds(log: Path) -> dict[str, list[float]]:
+    """Of the answered requests in a server's log, by the beginning of their ids."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for line in log.read_text(encoding="utf-8").splitlines():
+        told = json.loads(line)
+        if told.get("status") == HTTPStatus.OK and "queue_seconds" in told:
+            found[told["request_id"].rpartition(":")[0]].append(told["queue_seconds"])
+    return found
+
+
+async def _keys(http: httpx.AsyncClient, server: ServerProcess) -> dict[str, str]:
+    """A key of each tenant."""
+    keys = {"default": (server.data_dir / "admin.key").read_text().strip()}
+    for tenant in (FLOOD, GUEST):
+        answer = await http.post(
+            "/admin/keys",
+            json={"tenant": tenant, "scopes": ["generate"]},
+            headers={"Authorization": f"Bearer {keys['default']}"},
+        )
+        keys[tenant] = answer.raise_for_status().json()["key"]
+    return keys
+
+
+async def measure(server: ServerProcess, log: Path, plan: Plan) -> dict[str, Any]:
     """Every figure."""
-    steps = Steps()
-    config = EngineConfig(max_slots=plan.slots, max_length=256, max_waiting=8 * plan.slots)
-    engine = NativeEngine(loaded, config, steps.seen)
-    try:
-        clients = Clients(engine, prompts(loaded, 64), plan.new_tokens)
-        await clients.capacity(plan.slots)
-        capacity = await clients.capacity(3 * plan.slots)
-        rounds = Rounds(clients, steps, capacity / 2, plan.seconds)
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as http:
+        clients = Clients(http, await _keys(http, server), plan.new_tokens)
+        await clients.capacity(2 * FLOOD_INPUTS)
+        capacity = await clients.capacity(6 * FLOOD_INPUTS)
+        rounds = Rounds(clients, capacity / 2, plan.seconds)
         for _ in range(plan.rounds):
-            await rounds.run("alone")
-            await rounds.run("beside_flood", FLOOD)
-        await rounds.run("one_name", GUEST)
-    finally:
-        await engine.close()
-    return {"requests_per_second": capacity, "guest": rounds.summary()}
+            await rounds.run(ALONE)
+            await rounds.run(BESIDE)
+        await rounds.run(ONE_KEY)
+    return {"sequences_per_second": capacity, "guest": rounds.summary(log)}
 
 
 def main() -> None:
     """Run and report."""
     options = arguments(__doc__ or "").parse_args()
-    plan = Plan(64, 16, 60, options.rounds)
+    plan = Plan(slots=64, new_tokens=16, seconds=20, rounds=options.rounds)
     if options.smoke:
-        plan = Plan(4, 2, 2, 1)
-    results = asyncio.run(measure(load_model(), plan))
+        plan = Plan(slots=4, new_tokens=1, seconds=2, rounds=1)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "server.log"
+        flags = ["--max-slots", str(plan.slots), "--max-length", "256"]
+        with running_server(*flags, log=log) as server:
+            results = asyncio.run(measure(server, log, plan))
     if not options.json:
         print(json.dumps(results, indent=2))
-    alone, beside = results["guest"]["alone"], results["guest"]["beside_flood"]
-    queue, step = beside["queue"]["p99_ms"], beside["step"]["p99_ms"]
-    ratios = {
-        "fairness_queue_p99": queue / (2 * alone["queue"]["p99_ms"] + step),
-        "fairness_queue_p99_vs_alone": queue / alone["queue"]["p99_ms"],
-    }
-    report("fairness", results, ratios)
+    alone, beside = (results["guest"][kind]["queue"]["p99_ms"] for kind in (ALONE, BESIDE))
+    report("fairness", results, {"fairness_queue_p99": beside / alone})
 
 
 if __name__ == "__main__":

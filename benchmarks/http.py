@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -50,20 +50,25 @@ from benchmarks.engine import MAX_LENGTH, MAX_SLOTS, decode_rate
 from server.engine.choose_runner import choose_runner
 
 SEQUENCES = 32
-READY_SECONDS = 60
+READY_SECONDS = 180
 
 
 @dataclass(frozen=True, slots=True)
 class ServerProcess:
-    """Where a server listens, and its process id."""
+    """Where a server listens, its process id, and where it keeps everything."""
 
     url: str
     pid: int
+    data_dir: Path
 
 
 @contextmanager
-def running_server(*flags: str) -> Iterator[ServerProcess]:
-    """A server process with the default model."""
+def running_server(*flags: str, log: Path | None = None) -> Iterator[ServerProcess]:
+    """A server process with the default model.
+
+    Args:
+        log: write its log there, a JSON object per line, and ask for keys; None does neither.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -72,9 +77,13 @@ def running_server(*flags: str) -> Iterator[ServerProcess]:
         models.mkdir(parents=True, exist_ok=True)
         (Path(data_dir) / "models").symlink_to(models)
         command = [sys.executable, "-m", "clients", "serve", "--port", str(port)]
-        command += ["--data-dir", data_dir, "--no-auth", "--no-demo-tasks"]
-        command += ["--log-level", "warning", *flags]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        command += ["--data-dir", data_dir, "--no-demo-tasks", *flags]
+        if log is None:
+            command += ["--no-auth", "--log-level", "warning"]
+        else:
+            command += ["--log-format", "json"]
+        with nullcontext() if log is None else log.open("wb") as stderr:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
         try:
             url = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + READY_SECONDS
@@ -82,7 +91,7 @@ def running_server(*flags: str) -> Iterator[ServerProcess]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit("the server did not start")
                 time.sleep(0.1)
-            yield ServerProcess(url, process.pid)
+            yield ServerProcess(url, process.pid, Path(data_dir))
         finally:
             process.terminate()
             process.wait()

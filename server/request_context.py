@@ -42,6 +42,12 @@ class RequestContext:
         assert isinstance(found, int)  # noqa: S101 - facts that are counted are only counted
         self.facts[name] = found + count
 
+    def longest(self, name: str, seconds: float) -> None:
+        """Tell the log of a time, of which a request with several sequences has the longest."""
+        found = self.facts.get(name, 0.0)
+        assert isinstance(found, float)  # noqa: S101 - facts that are times are only times
+        self.facts[name] = max(found, round(seconds, 4))
+
     def timed(self, name: str, start_ns: int, end_ns: int, **attributes: str | int) -> None:
         """Tell of a part of the work, if it is traced."""
         if self.timings is not None:

@@ -40,6 +40,7 @@ class SequenceClock:
     def queued(self, seconds: float) -> None:
         """It has waited so long for a slot."""
         self._queue_seconds.observe(seconds)
+        self._request.longest("queue_seconds", seconds)
         self._tell_start(seconds)
 
     def token(self, event: TokenEvent) -> None:

@@ -21,6 +21,7 @@ class Account:
         slots: how many its sequences hold, one for each beam.
         live: requests that wait or run.
         last_prefill: a number that grows with each chunk of a prompt given to anybody.
+        left_at: when the last of its requests ended.
     """
 
     tenant: str
@@ -30,6 +31,7 @@ class Account:
     slots: int = 0
     live: int = 0
     last_prefill: int = 0
+    left_at: float = 0.0
 
     def charge(self, cost: int) -> None:
         """Count what it is served."""

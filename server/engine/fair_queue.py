@@ -6,12 +6,13 @@ Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), algorithm
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from server.engine.account import INPUT_COST, Account
 from server.engine.sequence import Sequence
 
 _REMEMBERED = 1024
+_EXPECTED_SECONDS = 60.0
 
 
 class FairQueue:
@@ -21,18 +22,21 @@ class FairQueue:
     come, first served. Each priority has counters of its own: what a tenant was served at a low
     one, out of what others left, is not held against it at a high one.
 
-    A tenant that had nothing waiting is lifted to the least counter of those that have, so that
-    nobody saves up turns. For two tenants that always have something waiting at one priority, what
-    they are served in any interval, divided by their weights, differs by at most
+    A tenant that had nothing waiting is lifted towards the counters of those that have, so that
+    nobody saves up turns. It keeps a head start: what those that hold slots were served there until
+    now, as if it had come before them. So several requests at once of a tenant below its share do
+    not wait for turns. For two tenants that always have something waiting at one priority, what
+    they are served in any interval, divided by their weights, still differs by at most
     `2 * max(INPUT_COST * L, OUTPUT_COST * M) / min(weight)`: `L` tokens in the longest prompt and
     `M` positions in all slots.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._accounts: dict[tuple[int, str], Account] = {}
         self._lines: dict[Account, deque[Sequence]] = {}  # none is empty
         self._last_to_leave: dict[int, Account] = {}
-        self._remembered: dict[tuple[int, str], Account] = {}
+        self._remembered: dict[tuple[int, str], Account] = {}  # who left last is the last
+        self._clock = clock
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
@@ -47,12 +51,28 @@ class FairQueue:
         return self._accounts.values()
 
     @property
+    def is_shared(self) -> bool:
+        """Are several tenants here, counting one that left a short while ago?"""
+        if len(self._accounts) > 1 or not self._remembered:
+            return len(self._accounts) > 1
+        left_last = next(reversed(self._remembered.values()))
+        return self._clock() - left_last.left_at < _EXPECTED_SECONDS
+
+    def has(self, account: Account) -> bool:
+        """Does anything of a tenant wait?"""
+        return account in self._lines
+
+    @property
     def first(self) -> Sequence:
         """Whose turn it is, if anything waits. Among equals, who holds fewest slots."""
         return min((line[0] for line in self._lines.values()), key=_turn)
 
-    def append(self, sequence: Sequence) -> None:
-        """Queue a sequence that is new."""
+    def append(self, sequence: Sequence, served_in_slots: int = 0) -> None:
+        """Queue a sequence that is new.
+
+        Args:
+            served_in_slots: what everybody's sequences that have slots now were served until now.
+        """
         request = sequence.request
         key = (request.priority, request.tenant)
         account = self._accounts.get(key)
@@ -63,7 +83,7 @@ class FairQueue:
         account.live += 1
         for beam in sequence.beams:
             beam.account = account
-        self._line(account).append(sequence)
+        self._line(account, served_in_slots / account.weight).append(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """Queue a sequence, the newest of its tenant's that ran, before those that never ran."""
@@ -88,25 +108,29 @@ class FairQueue:
         account.live -= 1
         if account.live:
             return
+        account.left_at = self._clock()
         key = (account.priority, account.tenant)
         self._remembered[key] = self._accounts.pop(key)
         if len(self._remembered) > _REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
 
-    def _line(self, account: Account) -> deque[Sequence]:
+    def _line(self, account: Account, head_start: float = 0.0) -> deque[Sequence]:
         line = self._lines.get(account)
         if line is None:
-            account.served = max(account.served, self._floor(account.priority))
+            account.served = max(account.served, self._floor(account.priority, head_start))
             line = self._lines[account] = deque()
         return line
 
-    def _floor(self, priority: int) -> float:
-        """The counter that one who has nothing waiting is lifted to."""
+    def _floor(self, priority: int, head_start: float) -> float:
+        """The counter that one who has nothing waiting is lifted to.
+
+        So far below the greatest, or at the least: whichever is less.
+        """
         waiting = [account.served for account in self._lines if account.priority == priority]
         if waiting:
-            return min(waiting)
+            return min(*waiting, max(waiting) - head_start)
         last = self._last_to_leave.get(priority)
-        return 0.0 if last is None else last.served
+        return 0.0 if last is None else last.served - head_start
 
     def _close_if_empty(self, account: Account) -> None:
         if not self._lines[account]:

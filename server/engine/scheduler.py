@@ -79,6 +79,40 @@ class Admission:
     preempted: int
 
 
+class _PromptBudget:
+    """Tokens of prompts that a step may still compute.
+
+    While several tenants are about, those that have more waiting get only what others leave of an
+    eighth. Whoever comes next waits for the end of a step, and with the prompts of a flood every
+    step would be as long as it can get.
+    """
+
+    def __init__(self, tokens: int, *, is_shared: bool) -> None:
+        backlog = max(1, tokens // 8) if is_shared else tokens
+        self._most = {False: tokens, True: backlog}  # by `is_backlogged`
+        self._left = dict(self._most)
+        self._scored = SCORED_TOKENS
+
+    def take(self, sequence: Sequence, *, is_backlogged: bool) -> Span | None:
+        """A sequence's next chunk, if there is room for one.
+
+        A source, which an encoder can only read whole, may be over the bound where it is the first.
+        """
+        room = min(self._left[False], self._left[is_backlogged])
+        # A decoder that reads a source is only ever given one token at a time.
+        longest = 1 if sequence.source_ids else room
+        if sequence.is_scored:
+            longest = min(longest, self._scored)
+        if room <= 0 or longest == 0:
+            return None
+        span = Span(sequence, sequence.length, sequence.uncomputed[:longest])
+        if span.source_ids and span.num_tokens > room < self._most[is_backlogged]:
+            return None
+        self._left = {kind: left - span.num_tokens for kind, left in self._left.items()}
+        self._scored -= len(span.token_ids) if sequence.is_scored else 0
+        return span
+
+
 class Scheduler:
     """Gives slots to whose turn it is; slots are always the dense range 0 .. running - 1.
 
@@ -96,7 +130,7 @@ class Scheduler:
     ) -> None:
         self.max_slots = max_slots
         self.prefill_tokens = prefill_tokens
-        self.waiting = FairQueue()
+        self.waiting = FairQueue(clock)
         self.running: list[Sequence] = []  # running[i].slot == i
         self._clock = clock
         self._chunks = itertools.count(1)
@@ -108,7 +142,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self.waiting.append(sequence)
+        self.waiting.append(sequence, sum(one.served for one in self.running))
 
     def admit(self) -> Admission:
         """Give free slots, and those that others must give up, to the sequences whose turn it is.
@@ -154,32 +188,20 @@ class Scheduler:
 
         At most `prefill_tokens` of the latter: the bound keeps a long prompt from stalling the
         sequences that are decoding. Tenants take turns at it, so that one's long prompts do not
-        hold up another's; each one's own are computed in order of arrival. A source, which an
-        encoder can only read whole, may be over it. Of prompts that are scored at most
-        `SCORED_TOKENS`.
+        hold up another's; each one's own are computed in order of arrival.
         """
         spans = []
         for sequence in self.running:
             if sequence.is_decoding:
                 sequence.account.charge(OUTPUT_COST)
                 spans.append(Span(sequence, sequence.length, (sequence.output_ids[-1],)))
-        budget, scored = self.prefill_tokens, SCORED_TOKENS
+        budget = _PromptBudget(self.prefill_tokens, is_shared=self.waiting.is_shared)
         prefilling = (s for s in self.running if not s.is_decoding and not s.is_sibling)
         for sequence in sorted(prefilling, key=_prefill_turn):
-            if budget <= 0:
-                break
-            # A decoder that reads a source is only ever given one token at a time.
-            longest = 1 if sequence.source_ids else budget
-            if sequence.is_scored:
-                longest = min(longest, scored)
-            if longest == 0:
+            span = budget.take(sequence, is_backlogged=self.waiting.has(sequence.account))
+            if span is None:
                 continue
-            span = Span(sequence, sequence.length, sequence.uncomputed[:longest])
-            if span.source_ids and span.num_tokens > budget < self.prefill_tokens:
-                break
             spans.append(span)
-            budget -= span.num_tokens
-            scored -= len(span.token_ids) if sequence.is_scored else 0
             sequence.account.last_prefill = next(self._chunks)
             if span.completes_prompt:
                 for beam in sequence.beams:

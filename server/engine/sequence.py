@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from prefix_store.groups import DECODER, Group
 from prefix_store.prefix import Prefix
-from server.engine.account import Account
+from server.engine.account import INPUT_COST, OUTPUT_COST, Account
 from server.engine.grammar import Matcher, TokenGrammar
 from server.engine.protocol import GenerationRequest, PromptToken
 
@@ -86,6 +86,12 @@ class Sequence:
     def beams(self) -> tuple[Sequence, ...]:
         """Itself and its siblings, one for each beam."""
         return (self, *self.siblings)
+
+    @property
+    def served(self) -> int:
+        """What its tokens until now cost its account."""
+        prompt = 0 if self.is_sibling else INPUT_COST * len(self.request.prompt_ids)
+        return prompt + OUTPUT_COST * len(self.output_ids)
 
     @property
     def prefix_length(self) -> int:

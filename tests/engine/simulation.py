@@ -1,23 +1,34 @@
-"""The scheduler on a simulated clock: one step takes one second, and no model is run."""
+"""The scheduler on a simulated clock: no model is run."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from server.engine.protocol import GenerationRequest, SamplingParams
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import Scheduler, Span
 from server.engine.sequence import Sequence
 
 
 class Simulation:
     """Runs requests through a scheduler, and counts what each tenant is served on its own."""
 
-    def __init__(self, max_slots: int, prefill_tokens: int = 16) -> None:
+    def __init__(
+        self,
+        max_slots: int,
+        prefill_tokens: int = 16,
+        seconds: Callable[[list[Span]], float] = lambda _: 1.0,
+    ) -> None:
+        """
+        Args:
+            seconds: how long a step takes.
+        """
         self.now = 0.0
         self.scheduler = Scheduler(max_slots, prefill_tokens, clock=lambda: self.now)
         self.served: Counter[str] = Counter()
         self.preempted = 0
         self.finished: list[Sequence] = []
+        self._seconds = seconds
         self._admitted: set[Sequence] = set()
 
     def ask(
@@ -29,8 +40,9 @@ class Simulation:
         weight: float = 1.0,
         priority: int = 0,
         beams: int = 1,
+        at: float | None = None,
     ) -> Sequence:
-        """A request that arrives now."""
+        """A request that arrives now, or came `at` a time in the last step."""
         request = GenerationRequest(
             "r",
             (1,) * prompt,
@@ -39,7 +51,7 @@ class Simulation:
             weight=weight,
             priority=priority,
         )
-        sequence = Sequence(request, prefix=None, arrived_at=self.now)
+        sequence = Sequence(request, prefix=None, arrived_at=self.now if at is None else at)
         self.scheduler.add(sequence)
         return sequence
 
@@ -51,8 +63,12 @@ class Simulation:
         """Slots of a tenant."""
         return sum(s.request.tenant == tenant for s in self.scheduler.running)
 
-    def step(self) -> None:
-        """Admit, and give every sequence that is ready a token."""
+    def step(self) -> Counter[str]:
+        """Admit, and give every sequence that is ready a token.
+
+        Returns:
+            how many tokens of each tenant's prompts were computed.
+        """
         admission = self.scheduler.admit()
         self.preempted += admission.preempted
         self._check_that_nobody_could_be_admitted()
@@ -61,11 +77,16 @@ class Simulation:
             if sequence not in self._admitted and not sequence.is_sibling:
                 self.served[sequence.request.tenant] += len(sequence.request.prompt_ids)
             self._admitted.add(sequence)
-        for span in self.scheduler.plan():
+        prefilled: Counter[str] = Counter()
+        spans = self.scheduler.plan()
+        for span in spans:
+            if span.start < span.sequence.prefill_end:
+                prefilled[span.sequence.request.tenant] += span.num_tokens
             span.sequence.length = span.end
             if span.completes_prompt:
                 self._token(span.sequence)
-        self.now += 1
+        self.now += self._seconds(spans)
+        return prefilled
 
     def _token(self, sequence: Sequence) -> None:
         started = not sequence.output_ids and not sequence.is_sibling

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import random
 from itertools import count, cycle
+from statistics import quantiles
 
 import hypothesis.strategies as st
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from server.engine.account import INPUT_COST, OUTPUT_COST, Account
 from server.engine.places import Places
 from server.engine.protocol import GenerationRequest, QueueFullError, SamplingParams
+from server.engine.scheduler import Span
 from server.engine.sequence import NO_SLOT
 from tests.engine.simulation import Simulation
 
@@ -149,6 +152,50 @@ def test_a_flood_does_not_make_a_guest_wait() -> None:
     assert simulation.preempted <= len(guests)
 
 
+def test_several_requests_of_who_is_below_its_share_do_not_wait_for_turns() -> None:
+    simulation = Simulation(max_slots=8)
+    for _ in range(20):
+        simulation.ask("flood", 4, 64)
+    for _ in range(10):
+        simulation.step()
+    guests = [simulation.ask("guest", 4, 20) for _ in range(4)]
+    simulation.step()
+    assert simulation.holds("guest") == 4
+    assert all(guest.queue_seconds == 0 for guest in guests)
+
+
+def seconds(spans: list[Span]) -> float:
+    """A step as a small model takes it on two cores: read the weights, and compute each row."""
+    decoding = sum(span.start >= span.sequence.prefill_end for span in spans)
+    return 0.007 + 0.0008 * decoding + 0.00045 * (sum(s.num_tokens for s in spans) - decoding)
+
+
+def guests_p99_queue_seconds(*, flood: bool) -> float:
+    """Of a guest that asks 7 times a second at random, a quarter of what can be served.
+
+    The flood asks for so much that the queue is always full.
+    """
+    simulation = Simulation(64, 256, seconds)
+    rng = random.Random(1)
+    arrival, guests = 0.0, []
+    while simulation.now < 60:
+        while arrival <= simulation.now:
+            guests.append(simulation.ask("guest", rng.randint(30, 70), 16, at=arrival))
+            arrival += rng.expovariate(7)
+        while flood and len(simulation.scheduler.waiting) < 100:
+            simulation.ask("flood", rng.randint(30, 70), 16)
+        if simulation.scheduler.has_work:
+            simulation.step()
+        else:
+            simulation.now = arrival
+    return quantiles([guest.queue_seconds for guest in guests], n=100)[98]
+
+
+def test_beside_a_flood_a_guest_waits_at_most_twice_as_long_as_alone() -> None:
+    alone = guests_p99_queue_seconds(flood=False)
+    assert 0 < alone < guests_p99_queue_seconds(flood=True) <= 2 * alone
+
+
 def test_a_slot_that_was_given_up_is_not_taken_back() -> None:
     simulation = Simulation(max_slots=6)
     for tenant in ("a", "b", "c"):
@@ -159,7 +206,7 @@ def test_a_slot_that_was_given_up_is_not_taken_back() -> None:
     for _ in range(50):
         simulation.step()
     assert [simulation.holds(tenant) for tenant in "abc"] == [2, 2, 2]
-    assert simulation.preempted == taken == 4
+    assert simulation.preempted == taken == 5
 
 
 def test_who_yields_does_not_get_the_slot_back_where_all_else_is_equal() -> None:
@@ -230,6 +277,26 @@ def test_long_prompts_do_not_hold_up_another_tenants() -> None:
     for _ in range(2):
         simulation.step()
     assert simulation.finished == [short]
+
+
+def test_a_floods_prompts_are_a_small_part_of_a_step_while_another_may_come() -> None:
+    """Who comes waits for the end of a step, so no step may be long for prompts of a backlog."""
+    simulation = Simulation(max_slots=8, prefill_tokens=64)
+
+    def prompt_tokens() -> dict[str, int]:
+        for _ in range(9 - simulation.waiting("flood")):
+            simulation.ask("flood", 100, 1)
+        return simulation.step()
+
+    assert prompt_tokens() == {"flood": 64}
+    simulation.ask("guest", 5, 1)
+    assert prompt_tokens() == {"guest": 5, "flood": 3}
+    simulation.ask("guest", 40, 1)
+    assert prompt_tokens() == {"guest": 40}
+    assert simulation.holds("guest") == 0
+    for _ in range(59):
+        assert prompt_tokens() == {"flood": 8}
+    assert prompt_tokens() == {"flood": 64}
 
 
 def test_time_without_a_slot_is_counted_after_it_was_lost_too() -> None:

@@ -90,11 +90,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         running = self.scheduler.running
         decoding = [s for s in running if s.is_decoding]
         prefilling = [s for s in running if not s.is_sibling and not s.is_decoding]
-        remaining = sum(len(s.uncomputed) for s in prefilling)
+        queue = self.scheduler.waiting
+        most_of_backlogs = max(1, PREFILL_TOKENS // 8) if queue.is_shared else PREFILL_TOKENS
+        remaining = {s: len(s.uncomputed) for s in prefilling}
+        others = sum(left for s, left in remaining.items() if not queue.has(s.account))
         spans = self.scheduler.plan()
         chunks = [span for span in spans if span.sequence not in decoding]
         assert [s.sequence for s in spans if s.sequence in decoding] == decoding
-        assert sum(len(chunk.token_ids) for chunk in chunks) == min(PREFILL_TOKENS, remaining)
+        computed = {chunk.sequence: len(chunk.token_ids) for chunk in chunks}
+        of_backlogs = sum(n for s, n in computed.items() if queue.has(s.account))
+        assert of_backlogs <= most_of_backlogs
+        assert sum(computed.values()) - of_backlogs == min(PREFILL_TOKENS - of_backlogs, others)
+        if of_backlogs < most_of_backlogs - others:
+            assert computed == remaining
         for span in spans:
             assert span.token_ids
             assert span.start == span.sequence.length
