@@ -117,6 +117,12 @@ class Task(_Answer):
     shared_with: tuple[str, ...] = ()
 
 
+class TaskCount(_Answer):
+    """How many tasks the tenant has."""
+
+    tasks: int
+
+
 class Version(_Answer):
     """One version of a task.
 

@@ -148,9 +148,19 @@ class AsyncClient:
         with upload_body(source, text) as body:
             return await self._fetch(calls.upload(task_id, body, activate, if_match), progress)
 
-    async def tasks(self) -> list[Task]:
-        """Every task."""
-        return await self._fetch(calls.tasks())
+    async def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[Task]:
+        """The tasks by name: all of them, or at most so many, or those after a name."""
+        found: list[Task] = []
+        while asked := calls.page_size(limit, len(found)):
+            page = await self._fetch(calls.tasks(asked, found[-1].task_id if found else after))
+            found += page
+            if len(page) < asked:
+                break
+        return found
+
+    async def count_tasks(self) -> int:
+        """How many tasks there are."""
+        return await self._fetch(calls.count_tasks())
 
     async def task(self, task_id: str) -> Task:
         """One task."""

@@ -22,6 +22,7 @@ from clients._answers import (
     NewKey,
     ServerInfo,
     Task,
+    TaskCount,
     TenantLimits,
     UsageRow,
     Version,
@@ -33,6 +34,8 @@ from prefix_store.data_dir import DEFAULT_DATA_DIR, admin_key_file
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_SECONDS = 5.0
+MOST_LISTED = 1000
+"""Tasks that the server tells at once."""
 TASK_HEADER = "X-Task-Id"
 """Tells a balancer the task, so that it can send it where its prefix is; servers do not read it."""
 _LOOPBACK = re.compile(r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?(/|$)")
@@ -85,6 +88,7 @@ _generation = reader(Generation)
 _generations = reader(list[Generation])
 _task = reader(Task)
 _tasks = reader(list[Task])
+_task_count = reader(TaskCount)
 _versions = reader(list[Version])
 _key = reader(Key)
 _keys = reader(list[Key])
@@ -188,9 +192,20 @@ def upload(
     return Call("PUT", _task_path(task_id), _task, {**body, **params, **_matching(if_match)})
 
 
-def tasks() -> Call[list[Task]]:
-    """Every task."""
-    return Call("GET", "/admin/tasks", _tasks)
+def tasks(limit: int, after: str | None) -> Call[list[Task]]:
+    """The first tasks by name, after one."""
+    params = {"limit": limit} | ({} if after is None else {"after": after})
+    return Call("GET", "/admin/tasks", _tasks, {"params": params})
+
+
+def page_size(limit: int | None, found: int) -> int:
+    """How many tasks to ask for next, when so many are found."""
+    return MOST_LISTED if limit is None else min(MOST_LISTED, limit - found)
+
+
+def count_tasks() -> Call[int]:
+    """How many tasks there are."""
+    return Call("GET", "/admin/task-count", lambda body: _task_count(body).tasks)
 
 
 def task(task_id: str) -> Call[Task]:

@@ -147,9 +147,19 @@ class Client:
         with upload_body(source, text) as body:
             return self._fetch(calls.upload(task_id, body, activate, if_match), progress)
 
-    def tasks(self) -> list[Task]:
-        """Every task."""
-        return self._fetch(calls.tasks())
+    def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[Task]:
+        """The tasks by name: all of them, or at most so many, or those after a name."""
+        found: list[Task] = []
+        while asked := calls.page_size(limit, len(found)):
+            page = self._fetch(calls.tasks(asked, found[-1].task_id if found else after))
+            found += page
+            if len(page) < asked:
+                break
+        return found
+
+    def count_tasks(self) -> int:
+        """How many tasks there are."""
+        return self._fetch(calls.count_tasks())
 
     def task(self, task_id: str) -> Task:
         """One task."""

@@ -57,7 +57,7 @@ def read_status(client: Client, url: str) -> ServerStatus:
         gauges = _gauges(client.metrics())
     tasks = None
     with suppress(AuthenticationError, UnavailableError):
-        tasks = len(client.tasks())
+        tasks = client.count_tasks()
     return ServerStatus(
         url=url,
         version=info.version,

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from clients import _options as options
 from clients._batch import app as batch_app
-from clients._calls import DEFAULT_URL
+from clients._calls import DEFAULT_URL, MOST_LISTED
 from clients._client import Client
 from clients._console import (
     print_error,
@@ -157,11 +157,19 @@ def upload(  # noqa: PLR0917 - the command line gives them by name
 
 
 @app.command()
-def ls(url: options.Url = DEFAULT_URL, as_json: options.Json = False) -> None:
-    """List the tasks."""
+def ls(
+    limit: Annotated[int, typer.Option(min=1, help="How many.")] = MOST_LISTED,
+    after: Annotated[str | None, typer.Option(help="Only names that come after this one.")] = None,
+    url: options.Url = DEFAULT_URL,
+    as_json: options.Json = False,
+) -> None:
+    """List the tasks by name, the first 1000 unless --limit says otherwise."""
     with Client(url) as client:
-        tasks = client.tasks()
-    print_json(tasks) if as_json else print_tasks(tasks)
+        tasks = client.tasks(limit=limit + 1, after=after)  # one more tells whether there is more
+    shown = tasks[:limit]
+    print_json(shown) if as_json else print_tasks(shown)
+    if len(tasks) > limit:
+        typer.echo(f"There are more: --after {shown[-1].task_id}", err=True)
 
 
 @app.command()

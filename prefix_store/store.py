@@ -202,6 +202,15 @@ class PrefixStore(Protocol):
             UnknownTaskError: no task of this name.
         """
 
+    async def page(self, tenant: str, limit: int, after: str) -> list[Task]:
+        """The tenant's first tasks by name, at most so many, whose names come after this one."""
+
+    async def count(self, tenant: str | None = None) -> int:
+        """How many tasks there are, or how many of a tenant."""
+
+    async def pinned(self) -> list[Task]:
+        """Every pinned task."""
+
     async def list(self, tenant: str | None = None) -> list[Task]:
         """Every task, or every task of a tenant, by name."""
 

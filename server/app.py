@@ -51,6 +51,7 @@ def create_app(services: Services) -> FastAPI:
         files.router,
         batches.router,
         admin.router,
+        admin.counts,
         versions.router,
         keys.router,
         tenant_limits.router,

@@ -106,11 +106,11 @@ class Pins:
             self._changed.clear()
             self._any_changed = False
             try:
-                tasks = await self._store.list()
+                tasks = await self._store.pinned()
             except BaseException:
                 self._any_changed = True
                 raise
-            self._tasks = {task.task_id: task for task in tasks if task.pinned}
+            self._tasks = {task.task_id: task for task in tasks}
         while self._changed:
             task_id = self._changed.pop()
             try:

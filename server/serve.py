@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 
 from prefix_store.data_dir import admin_key_file
-from prefix_store.errors import PrefixStoreError
+from prefix_store.errors import PrefixStoreError, UnknownTaskError
 from server.api.openai.batch_lines import answer_line
 from server.api.request_log import RequestLog
 from server.app import create_app
@@ -159,9 +159,9 @@ def _address(listener: socket.socket) -> str:
 async def _announce(services: Services, address: str) -> None:
     """Tell the operator where the server is and a request that works."""
     body: dict[str, str] = {"inputs": "The capital of France is"}
-    known = {task.task_id for task in await services.tasks.list()}
     for demo in DEMO_TASKS:
-        if demo.task_id in known:
+        with contextlib.suppress(UnknownTaskError):
+            await services.tasks.get(demo.task_id)
             body = {"task_id": demo.task_id, "inputs": demo.example}
             break
     sys.stdout.write(

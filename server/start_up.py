@@ -6,7 +6,7 @@ import logging
 
 from prefix_store.admin_key import ADMIN_KEY_ID, ensure_admin_key
 from prefix_store.api_key import Scope
-from prefix_store.errors import IncompatiblePrefixError
+from prefix_store.errors import IncompatiblePrefixError, UnknownTaskError
 from prefix_store.key_file import take_key
 from prefix_store.store import KeyStore
 from server.demo_tasks import DEMO_TASKS
@@ -36,17 +36,18 @@ async def warm_up(
     task_ids: tuple[str, ...], tasks: TaskService, prefixes: ResidentPrefixes
 ) -> None:
     """Load these tasks' prefixes; a name that no task has is only logged."""
-    if not task_ids:
-        return
-    known = {task.task_id: task for task in await tasks.list()}
-    for unknown in (task_id for task_id in task_ids if task_id not in known):
-        logger.warning("warm-up: there is no task %r", unknown)
-    await prefixes.warm_up(known[task_id].record for task_id in task_ids if task_id in known)
+    records = []
+    for task_id in task_ids:
+        try:
+            records.append((await tasks.get(task_id)).record)
+        except UnknownTaskError:
+            logger.warning("warm-up: there is no task %r", task_id)
+    await prefixes.warm_up(records)
 
 
 async def upload_demo_tasks(tasks: TaskService) -> None:
     """Give a store without tasks those demo tasks that fit the base model."""
-    if await tasks.list():
+    if await tasks.count():
         return
     for demo in DEMO_TASKS:
         try:

@@ -124,14 +124,15 @@ class TaskService:
         """See `PrefixStore.stream`."""
         return self._store.stream(version, start, stop)
 
-    async def list(self, tenant: str | None = None) -> list[Task]:
-        """Every task, or every task of a tenant, by name.
-
-        Raises:
-            StoreUnavailableError
-        """
+    async def page(self, tenant: str, limit: int, after: str) -> list[Task]:
+        """See `PrefixStore.page`."""
         async with self._counted():
-            return await self._store.list(tenant)
+            return await self._store.page(tenant, limit, after)
+
+    async def count(self, tenant: str | None = None) -> int:
+        """See `PrefixStore.count`."""
+        async with self._counted():
+            return await self._store.count(tenant)
 
     async def activate(self, task_id: str, version: str, condition: Condition = ALWAYS) -> Task:
         """See `PrefixStore.activate`."""
@@ -182,7 +183,8 @@ class TaskService:
         Raises:
             StoreUnavailableError
         """
-        found = {task.name: task for task in await self.list(tenant)}
+        async with self._counted():
+            found = {task.name: task for task in await self._store.list(tenant)}
         for task_id in self._directory.shared_with(tenant):
             name = name_for(tenant, task_id)
             with suppress(UnknownTaskError):

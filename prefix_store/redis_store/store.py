@@ -195,6 +195,21 @@ class RedisPrefixStore:
         async with self._connected.reaching():
             return await self._tasks.get(task_id)
 
+    async def page(self, tenant: str, limit: int, after: str) -> list[Task]:
+        """See `PrefixStore.page`."""
+        async with self._connected.reaching():
+            return await self._tasks.page(tenant, limit, after)
+
+    async def count(self, tenant: str | None = None) -> int:
+        """See `PrefixStore.count`."""
+        async with self._connected.reaching():
+            return await self._tasks.count(tenant)
+
+    async def pinned(self) -> list[Task]:
+        """See `PrefixStore.pinned`."""
+        async with self._connected.reaching():
+            return await self._tasks.pinned()
+
     async def list(self, tenant: str | None = None) -> list[Task]:
         """See `PrefixStore.list`."""
         async with self._connected.reaching():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,15 +64,42 @@ class Tasks:
         """See `PrefixStore.get`."""
         return existing(await self.snapshot(task_id))
 
-    async def list(self, tenant: str | None = None) -> list[Task]:
-        """See `PrefixStore.list`."""
+    async def pinned(self) -> list[Task]:
+        """See `PrefixStore.pinned`."""
+        return await self._chosen(lambda task: task.pinned)
+
+    async def _chosen(self, wanted: Callable[[Task], bool]) -> list[Task]:
         found: dict[str, Task] = {}
         # A scan may tell a task twice, but leaves out none that is there all the time.
         async for name, text in self._client.hscan_iter(layout.TASKS, count=_SCANNED):
-            task_id = name.decode()
-            if tenant in (None, owner_and_name(task_id)[0]):
-                found[task_id] = task_from_json(task_id, text)
+            task = task_from_json(name.decode(), text)
+            if wanted(task):
+                found[task.task_id] = task
         return [found[task_id] for task_id in sorted(found)]
+
+    async def page(self, tenant: str, limit: int, after: str) -> list[Task]:
+        """See `PrefixStore.page`."""
+        sizes = self._client.hscan_iter(layout.stored(tenant), count=_SCANNED)
+        names = {name.decode() async for name, _ in sizes}
+        chosen = heapq.nsmallest(limit, (name for name in names if name > after))
+        if not chosen:
+            return []
+        found = self._client.hmget(layout.TASKS, chosen)
+        texts = await cast("asyncio.Future[list[bytes | None]]", found)
+        return [
+            task_from_json(name, text)
+            for name, text in zip(chosen, texts, strict=True)
+            if text is not None  # removed meanwhile
+        ]
+
+    async def count(self, tenant: str | None) -> int:
+        """See `PrefixStore.count`."""
+        name = layout.TASKS if tenant is None else layout.stored(tenant)
+        return await cast("asyncio.Future[int]", self._client.hlen(name))
+
+    async def list(self, tenant: str | None = None) -> list[Task]:
+        """See `PrefixStore.list`."""
+        return await self._chosen(lambda task: tenant in (None, owner_and_name(task.task_id)[0]))
 
     async def shared(self) -> dict[str, frozenset[str]]:
         """See `PrefixStore.shared`."""

@@ -13,12 +13,13 @@ from starlette.datastructures import FormData, UploadFile
 from prefix_store.condition import Condition
 from prefix_store.errors import PrefixTooLargeError
 from prefix_store.task import Task, TaskRecord
+from prefix_store.task_id import TASK_ID_PATTERN, check_task_id, stored_name
 from prefix_store.tensor_file import Buffer
 from server.api import downloads
 from server.api.conditions import ConditionDep, etag
 from server.api.dependencies import AdminCaller, OwnTaskId, ServicesDep
 from server.api.description import errors
-from server.api.schemas import TaskResponse, TextUpload
+from server.api.schemas import TaskCount, TaskResponse, TextUpload
 from server.errors import InvalidRequestError
 from server.services import Services
 
@@ -27,7 +28,19 @@ _FIELD = "file"
 _JSON = "application/json"
 _MULTIPART = "multipart/form-data"
 
+MOST_LISTED = 1000
+
 router = APIRouter(prefix="/admin/tasks", tags=["Tasks"])
+counts = APIRouter(prefix="/admin", tags=["Tasks"])
+
+Limit = Annotated[int, Query(ge=1, le=MOST_LISTED, description="At most so many.")]
+After = Annotated[
+    str | None,
+    Query(
+        description="Only names that come after this one.",
+        json_schema_extra={"pattern": f"^{TASK_ID_PATTERN}$"},
+    ),
+]
 
 Activate = Annotated[
     bool,
@@ -106,10 +119,19 @@ async def _stored(
 
 
 @router.get("")
-async def list_tasks(services: ServicesDep, caller: AdminCaller) -> list[TaskResponse]:
-    """Every task of the tenant, by name."""
-    tasks = await services.tasks.list(caller.tenant)
+async def list_tasks(
+    services: ServicesDep, caller: AdminCaller, limit: Limit = MOST_LISTED, after: After = None
+) -> list[TaskResponse]:
+    """The tenant's tasks by name, a page at a time: go on after the last one's name."""
+    start = "" if after is None else stored_name(caller.tenant, check_task_id(after))
+    tasks = await services.tasks.page(caller.tenant, limit, start)
     return [task_answer(task.record, task) for task in tasks]
+
+
+@counts.get("/task-count")
+async def count_tasks(services: ServicesDep, caller: AdminCaller) -> TaskCount:
+    """How many tasks the tenant has."""
+    return TaskCount(tasks=await services.tasks.count(caller.tenant))
 
 
 @router.get("/{task_id}")

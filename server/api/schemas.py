@@ -209,6 +209,12 @@ class TextUpload(RequestModel):
     )
 
 
+class TaskCount(AnswerModel):
+    """Tasks of a tenant."""
+
+    tasks: int = Field(description="How many there are.", examples=[3])
+
+
 class TaskResponse(AnswerModel):
     """A task and the prefix it points at."""
 

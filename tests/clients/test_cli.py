@@ -43,6 +43,8 @@ def test_upload_list_and_remove(run: Run, tmp_path: Path, prefix: Prefix) -> Non
     assert heading.split() == ["TASK", "METHOD", "LENGTH", "SIZE", "VERSION"]
     assert re.fullmatch(r"cli-life +prefix-tuning +4 +\S+ \S+ +sha256:[0-9a-f]{12} *", row)
     assert row.split() in [line.split() for line in run("ls").stdout.splitlines()]
+    first = run("ls", "--limit", "1", "--after", "cli-lif")
+    assert first.stdout.splitlines()[1].split() == row.split()
     removed = run("rm", "cli-life", "--yes")
     assert (removed.exit_code, removed.stdout) == (0, "Removed cli-life\n")
     assert "cli-life" not in run("ls").stdout

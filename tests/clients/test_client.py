@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 import clients
-from clients import AsyncClient, Client, Parameters
+from clients import AsyncClient, Client, Parameters, _calls
 from prefix_store.prefix import Prefix
 from tests.clients.conftest import MAX_UPLOAD_BYTES
 from tests.server_process import ServerProcess
@@ -54,6 +54,23 @@ def test_a_task_from_upload_to_delete(
     for call in (real_client.task, real_client.delete):
         with pytest.raises(clients.UnknownTaskError, match=name):
             call(name)
+
+
+def test_tasks_are_listed_over_pages(
+    real_client: Client, kind: str, prefix: Prefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"page-{kind}-{number}" for number in range(3)]
+    for name in names:
+        real_client.upload(name, prefix)
+    every = [task.task_id for task in real_client.tasks()]
+    assert real_client.count_tasks() == len(every)
+    monkeypatch.setattr(_calls, "MOST_LISTED", 2)
+    assert [task.task_id for task in real_client.tasks()] == every
+
+    def listed(limit: int) -> list[str]:
+        return [task.task_id for task in real_client.tasks(limit=limit, after=f"page-{kind}-")]
+
+    assert [listed(limit) for limit in (1, 2, 3)] == [names[:limit] for limit in (1, 2, 3)]
 
 
 def test_versions_and_splits(real_client: Client, kind: str, prefix: Prefix, adapter: Path) -> None:

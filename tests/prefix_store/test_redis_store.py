@@ -74,6 +74,24 @@ async def test_lists_every_task_by_name(store: RedisPrefixStore) -> None:
     )
 
 
+async def test_a_tenants_tasks_a_page_at_a_time(store: RedisPrefixStore) -> None:
+    for seed, name in enumerate(("acme/b", "c", "a", "acme/a", "b")):
+        await store.put(name, an_artefact(seed))
+    await store.pin("b", True)
+
+    async def page(tenant: str, limit: int, after: str) -> list[str]:
+        return [task.task_id for task in await store.page(tenant, limit, after)]
+
+    assert await page("default", 2, "") == ["a", "b"]
+    assert await page("default", 2, "b") == ["c"]
+    assert await page("default", 2, "c") == []
+    assert await page("acme", 5, "acme/a") == ["acme/b"]
+    assert await page("nobody", 5, "") == []
+    assert [await store.count(tenant) for tenant in ("default", "acme", "nobody")] == [3, 2, 0]
+    assert await store.count() == 5
+    assert [task.task_id for task in await store.pinned()] == ["b"]
+
+
 async def test_equal_artefacts_are_kept_once_and_go_with_the_last_task(
     store: RedisPrefixStore, redis: Redis
 ) -> None:

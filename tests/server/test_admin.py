@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from httpx_sse import connect_sse
@@ -65,6 +66,23 @@ def test_tasks_are_listed_by_name(server: LiveServer) -> None:
     names = [task["task_id"] for task in server.client.get("/admin/tasks").json()]
     assert names == sorted(names)
     assert {"short", "middle", "long"} <= {*names}
+    assert server.client.get("/admin/task-count").json() == {"tasks": len(names)}
+
+
+def test_tasks_are_listed_a_page_at_a_time(server: LiveServer) -> None:
+    def page(**asked: object) -> list[str]:
+        answer = server.client.get("/admin/tasks", params=asked)
+        assert answer.status_code == httpx.codes.OK, answer.text
+        return [task["task_id"] for task in answer.json()]
+
+    names = page()
+    assert page(limit=2) == names[:2]
+    assert page(limit=2, after=names[1]) == names[2:4]
+    assert page(after=names[-1]) == []
+    assert page(after=f"{names[0]}-") == names[1:], "a name that no task has"
+    for wrong in ({"limit": 0}, {"limit": 1001}, {"after": "../x"}):
+        answer = server.client.get("/admin/tasks", params=wrong)
+        assert answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY, wrong
 
 
 @pytest.mark.parametrize("reverse", [False, True])
