@@ -45,6 +45,25 @@ Prompt = str | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class FieldNames:
+    """What the caller's API calls the fields that a message may be about.
+
+    Attributes:
+        truncate: None where it has no such field.
+    """
+
+    inputs: str = "inputs"
+    max_new_tokens: str = "max_new_tokens"
+    truncate: str | None = "truncate"
+
+    @property
+    def shorter(self) -> str:
+        """What to do about an input that is too long."""
+        truncate = "" if self.truncate is None else f" or set {self.truncate}"
+        return f"shorten {self.inputs}{truncate}"
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationJob:
     """What one call asks for: every input generated in the same way.
 
@@ -60,6 +79,7 @@ class GenerationJob:
         truncate: keep only so many tokens of a prompt, its last.
         grammar: what each text must be; None for any text.
         priority: the engine's; see `GenerationRequest`.
+        fields: for messages.
     """
 
     inputs: tuple[Prompt, ...]
@@ -75,6 +95,7 @@ class GenerationJob:
     truncate: int | None = None
     grammar: Grammar | None = None
     priority: int = 0
+    fields: FieldNames = FieldNames()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,14 +268,14 @@ class Generator:
         for position, (prompt_text, request) in enumerate(requests):
             stream = self._engine.submit(replace(request, weight=account.weight))
             stack.push_async_callback(stream.aclose)
-            clock = SequenceClock(self._metrics, label, started, request)
-            stack.callback(clock.ended)
-            if record is not None and split:
-                clock.compare(self._metrics.splits.started(label, record.version))
             usage = _usage(request, job.caller, record)
             # The samples of one prompt count it once, as clients are told.
             counts = (usage.prompt_tokens, usage.prefix_tokens)
             read = counts if position % job.samples == 0 else (0, 0)
+            clock = SequenceClock(self._metrics, label, started, request, prompt_tokens=read[0])
+            stack.callback(clock.ended)
+            if record is not None and split:
+                clock.compare(self._metrics.splits.started(label, record.version))
             generations.append(
                 Generation(
                     usage,
@@ -303,7 +324,7 @@ class Generator:
         grammar: CompiledGrammar | None,
     ) -> tuple[str | None, GenerationRequest]:
         """An input's text, None where it came as tokens, and the first sequence of it."""
-        where = f"inputs[{position}]: " if len(job.inputs) > 1 else ""
+        where = f"{job.fields.inputs}[{position}]: " if len(job.inputs) > 1 else ""
         prompt = job.inputs[position]
         if isinstance(prompt, str):
             text = prompt
@@ -338,7 +359,7 @@ class Generator:
         try:
             left = self._engine.room(prompt_tokens, prefix_tokens)
         except RequestTooLongError as error:
-            raise RequestTooLongError(f"{where}{error}") from None
+            raise RequestTooLongError(f"{where}{error}; {job.fields.shorter}") from None
         wanted = job.max_new_tokens
         if wanted is None:
             wanted = max(1, min(job.default_new_tokens, left))
@@ -348,8 +369,8 @@ class Generator:
             total = prefix_tokens + prompt + wanted
             raise RequestTooLongError(
                 f"{where}{prefix_tokens} prefix tokens + {prompt} prompt tokens + {wanted} "
-                f"max_new_tokens = {total} is over this server's limit of {limit}; shorten the "
-                "input, set truncate, or lower max_new_tokens"
+                f"{job.fields.max_new_tokens} = {total} is over this server's limit of {limit}; "
+                f"{job.fields.shorter}, or lower {job.fields.max_new_tokens}"
             )
         if job.sampling.min_new_tokens > wanted:
             raise InvalidRequestError(
@@ -367,7 +388,8 @@ def _bounded(job: GenerationJob, most: int | None) -> GenerationJob:
         return replace(job, default_new_tokens=min(job.default_new_tokens, most))
     if job.max_new_tokens > most:
         raise InvalidRequestError(
-            f"max_new_tokens is {job.max_new_tokens}; expected at most {most}, this caller's limit"
+            f"{job.fields.max_new_tokens} is {job.max_new_tokens}; expected at most {most}, this "
+            "caller's limit"
         )
     return job
 

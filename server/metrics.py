@@ -180,7 +180,9 @@ class Metrics:
             "status",
         )
         self.refused_keys = make.counter("refused_keys", "Requests without an API key that is good")
-        self.prompt_tokens = make.counter("prompt_tokens", "Tokens of prompts", "task")
+        self.prompt_tokens = make.counter(
+            "prompt_tokens", "Tokens of prompts, each as often as clients were told", "task"
+        )
         self.generated_tokens = make.counter("generated_tokens", "Tokens generated", "task")
         self.splits = SplitMetrics(make, max_tasks)
         self.tenant_tokens = make.counter(

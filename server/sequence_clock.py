@@ -13,12 +13,19 @@ class SequenceClock:
     """From a sequence's submission to its end."""
 
     def __init__(
-        self, metrics: Metrics, label: str, started: float, request: GenerationRequest
+        self,
+        metrics: Metrics,
+        label: str,
+        started: float,
+        request: GenerationRequest,
+        *,
+        prompt_tokens: int,
     ) -> None:
         """
         Args:
             label: of its task.
             started: when its request came, by `time.perf_counter`.
+            prompt_tokens: 0 where another sequence of the same prompt counts them.
         """
         self._metrics = metrics
         self._started = started
@@ -31,14 +38,16 @@ class SequenceClock:
         self._request = current_request()
         self._submitted_ns = time.time_ns()
         self._first_ns: int | None = None
-        metrics.prompt_tokens.labels(label).inc(len(request.prompt_ids))
+        self._prompt = metrics.prompt_tokens.labels(label)
+        self._prompt_tokens = prompt_tokens
 
     def compare(self, sequence: SplitSequence) -> None:
         """Count it for its version of a split task, too."""
         self._compared = sequence
 
     def queued(self, seconds: float) -> None:
-        """It has waited so long for a slot."""
+        """It has waited so long for a slot, and its prompt is computed."""
+        self._prompt.inc(self._prompt_tokens)
         self._queue_seconds.observe(seconds)
         self._request.longest("queue_seconds", seconds)
         self._tell_start(seconds)

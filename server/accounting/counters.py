@@ -49,7 +49,7 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a window is after a charge, as `x-ratelimit-*` headers tell it."""
+    """How a meter is after a charge, as `x-ratelimit-*` headers tell it; of leases reset is 0."""
 
     used: int
     reset_ms: int

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.accounting.book import Allowance, LimitsBook
-from server.accounting.counters import Charge, Kind, Meter, Refused
+from server.accounting.counters import RATES, Charge, Kind, Meter, Refused
 from server.accounting.counting import Charged, Counting
 from server.accounting.errors import LimitExceededError
 from server.accounting.limits import KeyLimits
@@ -22,6 +22,12 @@ _LIMITS: dict[Kind, str] = {
     "tokens": "tokens_per_minute",
     "running": "concurrent_requests",
     "waiting": "queued_requests",
+}
+_HEADERS: dict[Kind, str] = {
+    "requests": "requests",
+    "tokens": "tokens",
+    "running": "concurrent-requests",
+    "waiting": "queued-requests",
 }
 _WORDS: dict[Kind, str] = {
     "requests": "has made {used} requests in the last minute",
@@ -145,8 +151,7 @@ class Admission:
         if isinstance(answer, Refused):
             charge = charges[answer.index]
             retry = max(1, answer.retry_ms) / 1000
-            if charge.meter.is_rate:
-                _tell(charge.meter.kind, charge.limit, max(0, charge.limit - answer.used), retry)
+            _tell(charge.meter.kind, charge.limit, max(0, charge.limit - answer.used), retry)
             raise LimitExceededError(_for_now(charge, answer.used, retry), retry)
         for kind in costs:
             _tell_tightest(kind, charges, answer)
@@ -175,25 +180,24 @@ class _Place:
 
 
 def _tell_tightest(kind: Kind, charges: Sequence[Charge], charged: Charged) -> None:
-    """Put the rate that has the least left into the answer's head."""
-    rates = [
+    """Put the limit of a kind that has the least left into the answer's head."""
+    limits = [
         (charge.limit - standing.used, charge.limit, standing.reset_ms)
         for charge, standing in zip(charges, charged.standings, strict=True)
-        if charge.meter.kind == kind and charge.meter.is_rate
+        if charge.meter.kind == kind
     ]
-    if rates:
-        remaining, limit, reset_ms = min(rates)
-        _tell(kind, limit, remaining, reset_ms / 1000)
+    if limits:
+        remaining, limit, reset_ms = min(limits)
+        is_rate = kind in RATES  # nobody knows when what runs will have ended
+        _tell(kind, limit, remaining, reset_ms / 1000 if is_rate else None)
 
 
-def _tell(kind: Kind, limit: int, remaining: int, reset_seconds: float) -> None:
-    current_request().headers.update(
-        {
-            f"x-ratelimit-limit-{kind}": str(limit),
-            f"x-ratelimit-remaining-{kind}": str(remaining),
-            f"x-ratelimit-reset-{kind}": f"{reset_seconds:.3f}s",
-        }
-    )
+def _tell(kind: Kind, limit: int, remaining: int, reset_seconds: float | None) -> None:
+    name, headers = _HEADERS[kind], current_request().headers
+    headers[f"x-ratelimit-limit-{name}"] = str(limit)
+    headers[f"x-ratelimit-remaining-{name}"] = str(remaining)
+    if reset_seconds is not None:
+        headers[f"x-ratelimit-reset-{name}"] = f"{reset_seconds:.3f}s"
 
 
 def _who(meter: Meter) -> str:
@@ -211,7 +215,7 @@ def _for_now(charge: Charge, used: int, retry: float) -> str:
 
 def _never(charge: Charge) -> str:
     kind = charge.meter.kind
-    what = "tokens, prompt and max_new_tokens," if kind == "tokens" else "sequences"
+    what = "tokens, read and generated," if kind == "tokens" else "sequences"
     return (
         f"this request may use {charge.cost} {what} and {_who(charge.meter)} has a limit "
         f"{_LIMITS[kind]} of {charge.limit}: it can never begin. Send less at once"

@@ -147,7 +147,7 @@ class NativeEngine:
         if prompt_tokens > longest:
             raise RequestTooLongError(
                 f"the input has {prompt_tokens} tokens; the encoder of {self.spec.name!r} reads at "
-                f"most {longest} here. Shorten the input or set truncate."
+                f"most {longest} here"
             )
         return self.max_length - prefix_length - len(self._decoder_ids)
 

@@ -23,6 +23,7 @@ from tests.server.live import DEADLINE_SECONDS, LiveServer, live_server
 
 SLOTS = 2
 LIMITS = "/admin/tenants/default/limits"
+TOLD = ("limit", "remaining", "reset")
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -148,7 +149,10 @@ def test_sequences_under_way_hold_across_servers(servers: tuple[LiveServer, Live
         assert ask(servers[0]).status_code == httpx.codes.OK
         assert ask(servers[1]).status_code == httpx.codes.OK
     with running(servers[0]):
-        assert_refused(ask(servers[1]), "concurrent_requests is 1")
+        refused = ask(servers[1])
+        assert_refused(refused, "concurrent_requests is 1")
+        told = {name: refused.headers[f"x-ratelimit-{name}-concurrent-requests"] for name in TOLD}
+        assert told == {"limit": "1", "remaining": "0", "reset": "1.000s"}
         assert_refused(ask(servers[0]))
     until_allowed(servers[1])
     never = ask(servers[0], ["Hi", "there"])
@@ -167,7 +171,11 @@ def test_sequences_that_wait_are_bounded(servers: tuple[LiveServer, LiveServer])
             for server in servers:
                 assert_refused(ask(server), "queued_requests is 1")
         assert waiting.result().status_code == httpx.codes.OK
-    assert ask(servers[1]).status_code == httpx.codes.OK
+    answer = ask(servers[1])
+    assert answer.status_code == httpx.codes.OK
+    assert answer.headers["x-ratelimit-limit-queued-requests"] == "1"
+    assert answer.headers["x-ratelimit-remaining-queued-requests"] == "0"
+    assert "x-ratelimit-reset-queued-requests" not in answer.headers
 
 
 def test_max_new_tokens_is_bounded(servers: tuple[LiveServer, LiveServer]) -> None:

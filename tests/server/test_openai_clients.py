@@ -91,6 +91,20 @@ def test_openai_raises_its_own_errors(client: openai.OpenAI) -> None:
     assert refused.value.param == "suffix"
 
 
+def test_openai_s_errors_speak_of_the_fields_that_were_sent(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"prompt\[0\]: .* lower max_tokens") as long:
+        client.completions.create(model="middle", prompt=["Hi", PROMPT], max_tokens=100_000)
+    with pytest.raises(openai.BadRequestError, match=r"prompt\[1\]: token 999999"):
+        client.completions.create(model="middle", prompt=[[1], [999_999]])
+    for name in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(openai.BadRequestError, match=f"shorten messages, or lower {name}"):
+            client.chat.completions.create(
+                model="middle", messages=MESSAGES, extra_body={name: 100_000}
+            )
+    for foreign in ("inputs", "truncate", "max_new_tokens"):
+        assert foreign not in long.value.message
+
+
 def test_openai_sends_its_key(endless: LoadedModel, tmp_path: Path) -> None:
     with live_server(endless, tmp_path, auth=True) as server:
         url, key = f"{server.url}/v1", server.client.headers["Authorization"].split()[1]

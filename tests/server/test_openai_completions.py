@@ -283,7 +283,7 @@ def test_what_is_told_is_what_is_accounted(server: LiveServer) -> None:
         return {
             kind: server.metric("tenant_tokens_total", tenant="default", kind=kind)
             for kind in ("prompt", "generated", "prefix")
-        }
+        } | {"task": server.metric("prompt_tokens_total", task="middle")}
 
     before = counted()
     body = {"model": "middle", "prompt": [PROMPT, "The river"], "max_tokens": 5}
@@ -292,7 +292,7 @@ def test_what_is_told_is_what_is_accounted(server: LiveServer) -> None:
     told = stream(server, n=2, stream_options={"include_usage": True}, **body)[-1]["usage"]
     found = {kind: count - before[kind] for kind, count in counted().items()}
     totals = [usage, scored, told]
-    assert found["prompt"] == sum(one["prompt_tokens"] for one in totals)
+    assert found["prompt"] == found["task"] == sum(one["prompt_tokens"] for one in totals)
     assert found["generated"] == sum(one["completion_tokens"] for one in totals)
     assert found["prefix"] == 8 * 5
 

@@ -80,16 +80,21 @@ class CompletionChoice(AnswerModel):
     finish_reason: End
 
 
-class Completion(AnswerModel):
-    """Texts, or a chunk of a stream."""
+class Generated(AnswerModel):
+    """What every answer with generated text has."""
 
     id: Id
-    object: Literal["text_completion"] = Field(
-        default="text_completion", description="What this is.", examples=["text_completion"]
-    )
     created: Created
     model: ModelName
     system_fingerprint: Fingerprint
+
+
+class Completion(Generated):
+    """Texts, or a chunk of a stream."""
+
+    object: Literal["text_completion"] = Field(
+        default="text_completion", description="What this is.", examples=["text_completion"]
+    )
     choices: list[CompletionChoice] = Field(description="The texts.")
     usage: UsageAnswer | None = Field(
         default=None, description="Of a stream, in the last chunk if it is asked for."
@@ -139,16 +144,12 @@ class ChatChoice(AnswerModel):
     finish_reason: End
 
 
-class ChatCompletion(AnswerModel):
+class ChatCompletion(Generated):
     """Answers to a conversation."""
 
-    id: Id
     object: Literal["chat.completion"] = Field(
         default="chat.completion", description="What this is.", examples=["chat.completion"]
     )
-    created: Created
-    model: ModelName
-    system_fingerprint: Fingerprint
     choices: list[ChatChoice] = Field(description="The answers.")
     usage: UsageAnswer = Field(description="The request's tokens.")
 
@@ -173,18 +174,14 @@ class ChunkChoice(AnswerModel):
     finish_reason: End
 
 
-class ChatCompletionChunk(AnswerModel):
+class ChatCompletionChunk(Generated):
     """A chunk of a stream."""
 
-    id: Id
     object: Literal["chat.completion.chunk"] = Field(
         default="chat.completion.chunk",
         description="What this is.",
         examples=["chat.completion.chunk"],
     )
-    created: Created
-    model: ModelName
-    system_fingerprint: Fingerprint
     choices: list[ChunkChoice] = Field(description="The answers' parts.")
     usage: UsageAnswer | None = Field(
         default=None, description="In the last chunk, if it is asked for."

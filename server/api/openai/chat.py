@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from server.api.answering import EventStream, collect, counted, event_bytes, merged
+from server.api.answering import EventStream, collect, counted, merged
 from server.api.openai import jobs
 from server.api.openai.answers import (
     AnswerMessage,
@@ -18,17 +18,15 @@ from server.api.openai.answers import (
     ChunkChoice,
     Delta,
     TopLogprob,
-    UsageAnswer,
 )
-from server.api.openai.completions import DONE
 from server.api.openai.errors import openai_answer_to
-from server.api.openai.models import fingerprint, task_of
+from server.api.openai.models import task_of
 from server.api.openai.requests import ChatMessage, ChatRequest
 from server.api.openai.texts import TextWithoutStop, json_logprob
 from server.callers import Caller
 from server.chunks import Chunk, Token
 from server.errors import InvalidRequestError
-from server.generation import GenerationJob
+from server.generation import FieldNames, GenerationJob
 from server.services import Services
 
 _AS_MANY_AS_FIT = 1_000_000
@@ -45,10 +43,7 @@ async def complete(
         async with services.generator.run(job) as generations:
             chunks = await collect(generations)
     return ChatCompletion(
-        id=jobs.new_id("chatcmpl"),
-        created=jobs.now(),
-        model=request.model,
-        system_fingerprint=fingerprint(services, generations[0].usage),
+        **dict(jobs.described(services, request, generations, "chatcmpl")),
         choices=[_choice(request, index, own) for index, own in enumerate(chunks)],
         usage=jobs.usage_of(generations, job.samples, sum(map(len, chunks))),
     )
@@ -70,22 +65,11 @@ async def _events(
         job = await _job_of(services, caller, request, task_id)
         async with services.generator.run(job) as generations:
             yield b""
-            answer = ChatCompletionChunk(
-                id=jobs.new_id("chatcmpl"),
-                created=jobs.now(),
-                model=request.model,
-                system_fingerprint=fingerprint(services, generations[0].usage),
-                choices=[],
-            )
-            unused = None if jobs.wants_usage(request) else {"usage"}
-
-            def event(choices: list[ChunkChoice], usage: UsageAnswer | None = None) -> bytes:
-                chunk = answer.model_copy(update={"choices": choices, "usage": usage})
-                return event_bytes(" " + chunk.model_dump_json(exclude=unused))
-
+            described = jobs.described(services, request, generations, "chatcmpl")
+            events = jobs.Events(request, ChatCompletionChunk(**dict(described), choices=[]))
             for index in range(len(generations)):
                 role = Delta(role="assistant", content="")
-                yield event(
+                yield events.event(
                     [ChunkChoice(index=index, delta=role, logprobs=None, finish_reason=None)]
                 )
             texts = [TextWithoutStop(job.stop) for _ in generations]
@@ -94,10 +78,10 @@ async def _events(
                 generated += 1
                 piece = _piece(request, index, chunk, texts[index])
                 if piece is not None:
-                    yield event([piece])
-            if unused is None:
-                yield event([], jobs.usage_of(generations, job.samples, generated))
-            yield DONE
+                    yield events.event([piece])
+            if events.tells_usage:
+                yield events.event([], jobs.usage_of(generations, job.samples, generated))
+            yield jobs.DONE
 
 
 async def _job_of(
@@ -111,6 +95,7 @@ async def _job_of(
             f"max_tokens is {request.max_tokens} and max_completion_tokens, its new name, is "
             f"{request.max_completion_tokens}; send one of them"
         )
+    limit_name = "max_completion_tokens" if request.max_tokens is None else "max_tokens"
     prompt = await services.tokenizer.encode_chat([_plain(one) for one in request.messages])
     return jobs.job_of(
         request,
@@ -118,6 +103,7 @@ async def _job_of(
         task_id,
         (prompt,),
         samples=request.n or 1,
+        fields=FieldNames("messages", limit_name, truncate=None),
         max_new_tokens=next(iter(limits), None),
         default_new_tokens=_AS_MANY_AS_FIT,
         top_logprobs=request.top_logprobs or 0,

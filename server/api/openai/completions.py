@@ -5,28 +5,21 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
-from server.api.answering import (
-    EventStream,
-    collect,
-    counted,
-    event_bytes,
-    mean_logprob,
-    merged,
-)
+from server.api.answering import EventStream, collect, counted, mean_logprob, merged
 from server.api.openai import jobs
-from server.api.openai.answers import Completion, CompletionChoice, UsageAnswer
+from server.api.openai.answers import Completion, CompletionChoice
 from server.api.openai.completion_text import CompletionWriter, Piece, written
 from server.api.openai.errors import openai_answer_to
-from server.api.openai.models import fingerprint, task_of
+from server.api.openai.models import task_of
 from server.api.openai.requests import CompletionRequest
 from server.callers import Caller
 from server.chunks import Chunk
 from server.errors import InvalidRequestError
-from server.generation import Generation, GenerationJob, Prompt
+from server.generation import FieldNames, Generation, GenerationJob, Prompt
 from server.services import Services
 
 DEFAULT_NEW_TOKENS = 16
-DONE = event_bytes(" [DONE]")
+_FIELDS = FieldNames("prompt", "max_tokens", truncate=None)
 
 
 async def complete(
@@ -65,25 +58,19 @@ async def _events(
         job = _job_of(caller, request, task_id)
         async with services.generator.run(job) as generations:
             yield b""
-            answer = _answer(services, request, generations)
-            unused = None if jobs.wants_usage(request) else {"usage"}
-
-            def event(choices: list[CompletionChoice], usage: UsageAnswer | None = None) -> bytes:
-                chunk = answer.model_copy(update={"choices": choices, "usage": usage})
-                return event_bytes(" " + chunk.model_dump_json(exclude=unused))
-
+            events = jobs.Events(request, _answer(services, request, generations))
             writers = [CompletionWriter(request, generation) for generation in generations]
             generated = 0
             async for index, chunk in merged(generations):
                 generated += 1
                 for piece in writers[index].write(chunk):
-                    yield event([piece.choice(index)])
+                    yield events.event([piece.choice(index)])
             for index, writer in enumerate(writers):
                 for piece in writer.end():
-                    yield event([piece.choice(index)])
-            if unused is None:
-                yield event([], jobs.usage_of(generations, job.samples, generated))
-            yield DONE
+                    yield events.event([piece.choice(index)])
+            if events.tells_usage:
+                yield events.event([], jobs.usage_of(generations, job.samples, generated))
+            yield jobs.DONE
 
 
 def _job_of(caller: Caller, request: CompletionRequest, task_id: str | None) -> GenerationJob:
@@ -108,6 +95,7 @@ def _job_of(caller: Caller, request: CompletionRequest, task_id: str | None) -> 
         task_id,
         _prompts(request),
         samples=best_of,
+        fields=_FIELDS,
         max_new_tokens=request.max_tokens,
         default_new_tokens=DEFAULT_NEW_TOKENS,
         top_logprobs=request.logprobs or 0,
@@ -128,13 +116,8 @@ def _answer(
     services: Services, request: CompletionRequest, generations: Sequence[Generation]
 ) -> Completion:
     """An answer without any text yet."""
-    return Completion(
-        id=jobs.new_id("cmpl"),
-        created=jobs.now(),
-        model=request.model,
-        system_fingerprint=fingerprint(services, generations[0].usage),
-        choices=[],
-    )
+    described = jobs.described(services, request, generations, "cmpl")
+    return Completion(**dict(described), choices=[])
 
 
 def _chosen(

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from server.api.openai.answers import FinishReason, UsageAnswer
+from server.api.answering import event_bytes
+from server.api.openai.answers import (
+    ChatCompletionChunk,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    FinishReason,
+    Generated,
+    UsageAnswer,
+)
 from server.api.openai.formats import grammar_of
+from server.api.openai.models import fingerprint
 from server.api.openai.requests import GenerationOptions
 from server.api.schemas import MAX_INPUTS
 from server.callers import Caller
@@ -15,7 +25,10 @@ from server.chunks import Chunk
 from server.engine.protocol import FinishReason as EngineReason
 from server.engine.protocol import SamplingParams
 from server.errors import InvalidRequestError
-from server.generation import Generation, GenerationJob, Prompt
+from server.generation import FieldNames, Generation, GenerationJob, Prompt
+from server.services import Services
+
+DONE = event_bytes(" [DONE]")
 
 # As for /generate: below this the likeliest token is certain but for rounding.
 _GREEDY_BELOW = 1e-3
@@ -29,6 +42,7 @@ def job_of(
     inputs: tuple[Prompt, ...],
     *,
     samples: int,
+    fields: FieldNames,
     max_new_tokens: int | None,
     default_new_tokens: int,
     top_logprobs: int,
@@ -38,6 +52,7 @@ def job_of(
 
     Args:
         samples: sequences of each input.
+        fields: what this request calls them.
         max_new_tokens: None for up to `default_new_tokens`, fewer where fewer fit.
 
     Raises:
@@ -63,6 +78,7 @@ def job_of(
         seed=None if request.seed is None else request.seed % _SEEDS,
         stop=stops_of(request),
         grammar=grammar_of(request),
+        fields=fields,
     )
 
 
@@ -101,14 +117,41 @@ def finish_reason_of(chunk: Chunk) -> FinishReason | None:
     return "length" if chunk.finish.reason is EngineReason.LENGTH else "stop"
 
 
-def new_id(kind: str) -> str:
-    """A name for an answer."""
-    return f"{kind}-{secrets.token_hex(16)}"
+def described(
+    services: Services, request: GenerationOptions, generations: Sequence[Generation], kind: str
+) -> Generated:
+    """What an answer says of itself.
+
+    Args:
+        kind: what its id begins with.
+    """
+    return Generated(
+        id=f"{kind}-{secrets.token_hex(16)}",
+        created=int(time.time()),
+        model=request.model,
+        system_fingerprint=fingerprint(services, generations[0].usage),
+    )
 
 
-def now() -> int:
-    """In unix seconds."""
-    return int(time.time())
+class Events:
+    """Writes the chunks of a stream."""
+
+    def __init__(self, request: GenerationOptions, frame: Completion | ChatCompletionChunk) -> None:
+        """
+        Args:
+            frame: what all of them have.
+        """
+        options = request.stream_options
+        self.tells_usage = bool(options and options.include_usage)
+        self._frame = frame
+
+    def event(
+        self, choices: Sequence[CompletionChoice | ChunkChoice], usage: UsageAnswer | None = None
+    ) -> bytes:
+        """A chunk."""
+        chunk = self._frame.model_copy(update={"choices": list(choices), "usage": usage})
+        unused = None if self.tells_usage else {"usage"}
+        return event_bytes(" " + chunk.model_dump_json(exclude=unused))
 
 
 def usage_of(generations: Iterable[Generation], samples: int, generated_tokens: int) -> UsageAnswer:
@@ -120,8 +163,3 @@ def usage_of(generations: Iterable[Generation], samples: int, generated_tokens: 
         completion_tokens=generated_tokens,
         total_tokens=prompt_tokens + generated_tokens,
     )
-
-
-def wants_usage(request: GenerationOptions) -> bool:
-    """Whether a stream is to tell its usage."""
-    return bool(request.stream_options and request.stream_options.include_usage)
