@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from llguidance import LLMatcher
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -34,9 +35,17 @@ def random_groups(loaded: LoadedModel, groups: tuple[Group, ...], length: int, s
 
 @torch.inference_mode()
 def greedy(
-    loaded: LoadedModel, prefix: Prefix | None, source_ids: tuple[int, ...], max_new_tokens: int
+    loaded: LoadedModel,
+    prefix: Prefix | None,
+    source_ids: tuple[int, ...],
+    max_new_tokens: int,
+    matcher: LLMatcher | None = None,
 ) -> tuple[list[int], Tensor]:
-    """New token ids, and float32 logits `[new, vocab]`, the whole text computed anew each time."""
+    """New token ids, and float32 logits `[new, vocab]`, the whole text computed anew each time.
+
+    Args:
+        matcher: of the tokens that it allows the likeliest is taken, until it allows no more.
+    """
     model, config = loaded.model, loaded.model.config
     groups: Mapping[Group, KeysValues] = {} if prefix is None else prefix.groups
     output, logits = [config.decoder_start_token_id], []
@@ -48,7 +57,12 @@ def greedy(
                 use_cache=False,
             ).logits[0, -1]
             logits.append(step)
+            if matcher is not None:
+                allowed = torch.tensor(list(matcher.compute_logit_bias())) > 0
+                step = step.masked_fill(~allowed, -torch.inf)
             output.append(int(step.argmax()))
+            if matcher is not None and matcher.consume_token(output[-1]) and matcher.is_stopped():
+                break
             if output[-1] == config.eos_token_id:
                 break
     return output[1:], torch.stack(logits)

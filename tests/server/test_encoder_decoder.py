@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from httpx_sse import connect_sse
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save
 from transformers import AutoModelForSeq2SeqLM
@@ -19,6 +22,8 @@ from transformers import AutoModelForSeq2SeqLM
 from prefix_store.groups import CROSS, DECODER, ENCODER, GROUPS
 from prefix_store.model_loading import LoadedModel, load_base_model
 from prefix_store.prefix import METADATA_KEY, Prefix
+from server.engine.grammar import llguidance_grammar
+from server.engine.protocol import Grammar
 from tests.conftest import TINY_ENCODER_DECODERS
 from tests.engine.seq2seq_reference import greedy, random_groups
 from tests.server.adapters import saved_adapter
@@ -169,6 +174,26 @@ def _metadata(data: bytes) -> str:
     end = 8 + int.from_bytes(data[:8], "little")
     text: str = json.loads(data[8:end])["__metadata__"][METADATA_KEY]
     return text
+
+
+def test_a_grammar_guides_its_own_text_alone(served: LiveServer, loaded: LoadedModel) -> None:
+    prefix, new = random_groups(loaded, GROUPS, 4, seed=8), 60
+    served.upload("guided", prefix)
+    ids = tuple(loaded.tokenizer(SOURCE)["input_ids"])
+    grammar = Grammar("regex", r"[0-9]{3}-(?:[A-F]|é){2,4}")
+    matcher = LLMatcher(from_tokenizer(loaded.tokenizer), llguidance_grammar(grammar))
+    expected, _ = greedy(loaded, prefix, ids, NEW, matcher)
+    body = {"inputs": SOURCE, "task_id": "guided", "parameters": {"max_new_tokens": new}}
+    with connect_sse(served.client, "POST", "/generate_stream", json=body) as source:
+        events = source.iter_sse()
+        told = [json.loads(next(events).data)["token"]["id"]]
+        asked = {"type": "regex", "value": grammar.text}
+        answer = served.generate(SOURCE, "guided", max_new_tokens=NEW, details=True, grammar=asked)
+        told += [json.loads(event.data)["token"]["id"] for event in events]
+    assert ids_of(answer) == expected
+    assert re.fullmatch(grammar.text, answer["generated_text"])
+    assert answer["details"]["finish_reason"] == "eos_token"
+    assert told == greedy(loaded, prefix, ids, new)[0]
 
 
 def test_wrong_sizes_name_the_group(served: LiveServer, loaded: LoadedModel) -> None:
