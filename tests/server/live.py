@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from httpx_sse import connect_sse
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -75,6 +76,15 @@ class LiveServer:
         while (found := self.metric(name, **labels)) != value:
             assert time.monotonic() < deadline, f"{name} is {found} and not {value}"
             time.sleep(0.01)
+
+
+def near(expected: Any) -> Any:
+    """Equal to what is the same but for rounding: sums differ a little between batches."""
+    if isinstance(expected, float):
+        return pytest.approx(expected, abs=1e-4)
+    if isinstance(expected, dict):
+        return {name: near(value) for name, value in expected.items()}
+    return [near(value) for value in expected] if isinstance(expected, list) else expected
 
 
 def bearer(key: str) -> dict[str, str]:
