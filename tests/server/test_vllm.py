@@ -22,7 +22,7 @@ from prefix_store.prefix import Prefix
 from tests.conftest import save_tiny_llama
 from tests.engine.reference import greedy, random_prefix
 from tests.engine.vllm_subject import needs_vllm
-from tests.server_process import free_port, running_server
+from tests.server_process import answers, free_port, running_server
 
 READY_SECONDS = 280
 
@@ -122,14 +122,13 @@ def stock_vllm(model_dir: Path, folder: Path, log: Path) -> Iterator[str]:
     command += ["--max-model-len", "256", "--max-num-seqs", "4", "--served-model-name", "tiny"]
     command += ["--kv-cache-memory-bytes", "16777216"]
     command += ["--kv-transfer-config", json.dumps(transfer)]
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
-    environment["PYTHONPATH"] = str(Path.cwd())
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(Path.cwd())}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + READY_SECONDS
-        while not _answers(url):
+        while not answers(f"{url}/health"):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
@@ -137,13 +136,6 @@ def stock_vllm(model_dir: Path, folder: Path, log: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").is_success
-    except httpx.TransportError:
-        return False
 
 
 @pytest.mark.vllm
