@@ -41,6 +41,7 @@ NAMES = tuple(
         "int8",
         "training",
         "fairness",
+        "silence",
     )
     if importlib.util.find_spec(f"benchmarks.{name}")
 )

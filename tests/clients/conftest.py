@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def own_data_dir(
     if "real_server" in request.fixturenames:
         folder = request.getfixturevalue("real_server").data_dir
     monkeypatch.setenv("PREFIXSERVE_DATA_DIR", str(folder))
+
+
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """Processes start as from a terminal: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(params=["sync", "async"])

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clients import Client
+from tests.clients import faulty_server as faulty
 from tests.clients.command_line import Run, printed, refused
 from tests.server_process import ServerProcess
 
@@ -62,6 +68,44 @@ def test_batch_run_goes_on_with_the_batch_it_began(
     found = printed(run("batch", "run", requests, output, "--interval", "0.05", "--json"))
     assert (found["id"], found["status"]) == (batch.id, "completed")
     assert names(output) == {"0"}
+
+
+@pytest.mark.usefixtures("heard_ctrl_c")
+def test_batch_run_is_interrupted_and_waits_again(run: Run, tmp_path: Path) -> None:
+    output, state = tmp_path / "out", tmp_path / "out.batch"
+    state.write_text("batch_7\n")
+    batch = {
+        "id": "batch_7",
+        "endpoint": "/v1/completions",
+        "input_file_id": "file_7",
+        "status": "in_progress",
+        "output_file_id": None,
+        "error_file_id": None,
+        "request_counts": {"total": 1, "completed": 0, "failed": 0},
+        "errors": None,
+    }
+    with faulty.faulty_server() as server:
+        waits = threading.Event()
+
+        def never(handler: BaseHTTPRequestHandler) -> None:
+            waits.set()
+            server.stall(handler)
+
+        server.script(faulty.answer(200, batch), never)
+        asked = ["batch", "run", str(tmp_path / "in"), str(output), "--interval", "0.01", "--url"]
+        command = [sys.executable, "-m", "clients", *asked, server.url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            assert waits.wait(60)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+            assert "batch_7 goes on: run the same command again" in process.stderr.read()
+        assert state.read_text() == "batch_7\n"
+        counts = {"total": 1, "completed": 1, "failed": 0}
+        ended = batch | {"status": "completed", "request_counts": counts}
+        server.script(faulty.answer(200, ended))
+        assert run(*asked, server.url).stdout == "completed: 1 answered, 0 failed of 1\n"
+    assert not state.exists()
 
 
 def test_batch_run_refuses_what_is_no_batch(run: Run, tmp_path: Path) -> None:

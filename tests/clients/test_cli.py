@@ -257,14 +257,6 @@ def test_as_a_process(real_server: ServerProcess) -> None:
     assert nowhere.stderr.startswith(b"Error: 'localhost' is not an address")
 
 
-@pytest.fixture
-def heard_ctrl_c() -> Iterator[None]:
-    """Processes start as from a terminal: a shell's background jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c() -> None:
     event = {"index": 1, "token": {"id": 1, "text": "a", "logprob": -1.0, "special": False}}
