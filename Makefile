@@ -9,8 +9,10 @@ VLLM_STAMP := .venv-vllm/.installed
 
 setup: $(STAMP)
 
-$(STAMP): requirements.lock requirements-no-deps.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(STAMP): requirements.lock requirements-no-deps.lock pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --no-compile --progress-bar on -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements-no-deps.lock
@@ -19,7 +21,7 @@ $(STAMP): requirements.lock requirements-no-deps.lock pyproject.toml
 
 # vLLM wants an older numpy, so it has an environment of its own, with .venv's packages behind its
 # own. torchvision and the like, which it names and does not need here, are left out.
-$(VLLM_STAMP): $(STAMP) requirements-vllm.lock
+$(VLLM_STAMP): requirements-vllm.lock | $(BIN)/python
 	test -x $(VLLM)/bin/python || $(BIN)/python -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --no-deps -r requirements-vllm.lock
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
@@ -35,11 +37,16 @@ lock:
 serve: setup
 	$(BIN)/prefixserve serve
 
-# A file's tests share their servers, so a file goes to one process.
-test: lint test-vllm
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not vllm"
+# Installs both environments side by side, and lints meanwhile. A file's tests share their servers, so
+# a file goes to one process; in their own order, files with few and long tests do not come last, when
+# the other process has nothing left to do.
+test:
+	$(MAKE) --jobs 2 lint $(VLLM_STAMP)
+	$(MAKE) test-vllm
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder -m "not vllm"
 
-test-vllm: $(VLLM_STAMP)
+test-vllm: $(STAMP) $(VLLM_STAMP)
 	VLLM_CPU_CI_ENV=1 $(VLLM)/bin/python -m pytest -m vllm --timeout 600 tests/engine \
 		tests/server/test_vllm.py tests/server/test_vllm_connector.py
 

@@ -86,7 +86,7 @@ def replayed_runner(loaded: LoadedModel) -> Runner:
     name = loaded.spec.name
     if name not in _replayed:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(static_decode, "_SHORTEST", 16)
+            patch.setattr(static_decode, "_SHORTEST", 32)
             _replayed[name] = TransformersRunner(loaded, 3, 80, capture=captured)
     return _replayed[name]
 
@@ -161,7 +161,7 @@ def test_the_general_runner_serves_what_the_fast_one_does(
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(plans=plans_strategy)
 def test_captured_steps_give_the_same_tokens(tiny: LoadedModel, plans: list[Plan]) -> None:
