@@ -21,7 +21,7 @@ class Account:
         slots: how many its sequences hold, one for each beam.
         live: requests that wait or run.
         last_prefill: a number that grows with each chunk of a prompt given to anybody.
-        left_at: when the last of its requests ended.
+        quiet_at: when it last had nothing that waits.
     """
 
     tenant: str
@@ -31,7 +31,7 @@ class Account:
     slots: int = 0
     live: int = 0
     last_prefill: int = 0
-    left_at: float = 0.0
+    quiet_at: float = 0.0
 
     def charge(self, cost: int) -> None:
         """Count what it is served."""

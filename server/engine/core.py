@@ -102,6 +102,7 @@ class EngineCore:
             logger.exception("a step failed; the requests that were running are answered with it")
             events = self._fail_running("the model failed on this batch; try again")
         seconds = time.perf_counter() - started
+        self._scheduler.observe(spans, seconds)
         return StepResult(events, _step_stats(spans, preempted, seconds, self.stats))
 
     def _admit(self) -> int:

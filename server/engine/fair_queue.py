@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 
 from server.engine.account import INPUT_COST, Account
 from server.engine.sequence import Sequence
@@ -51,12 +52,16 @@ class FairQueue:
         return self._accounts.values()
 
     @property
-    def is_shared(self) -> bool:
-        """Are several tenants here, counting one that left a short while ago?"""
-        if len(self._accounts) > 1 or not self._remembered:
-            return len(self._accounts) > 1
-        left_last = next(reversed(self._remembered.values()))
-        return self._clock() - left_last.left_at < _EXPECTED_SECONDS
+    def expects_others(self) -> bool:
+        """May somebody come who would not wait for turns?
+
+        A tenant beside others that has nothing waiting, or had nothing a short while ago; or one
+        that left then.
+        """
+        lately = self._clock() - _EXPECTED_SECONDS
+        if len(self._accounts) > 1:
+            return any(not self.has(one) or one.quiet_at > lately for one in self.accounts)
+        return any(one.quiet_at > lately for one in islice(reversed(self._remembered.values()), 1))
 
     def has(self, account: Account) -> bool:
         """Does anything of a tenant wait?"""
@@ -108,7 +113,7 @@ class FairQueue:
         account.live -= 1
         if account.live:
             return
-        account.left_at = self._clock()
+        account.quiet_at = self._clock()
         key = (account.priority, account.tenant)
         self._remembered[key] = self._accounts.pop(key)
         if len(self._remembered) > _REMEMBERED:
@@ -117,6 +122,7 @@ class FairQueue:
     def _line(self, account: Account, head_start: float = 0.0) -> deque[Sequence]:
         line = self._lines.get(account)
         if line is None:
+            account.quiet_at = self._clock()
             account.served = max(account.served, self._floor(account.priority, head_start))
             line = self._lines[account] = deque()
         return line

@@ -11,9 +11,13 @@ from server.engine.account import OUTPUT_COST
 from server.engine.fair_queue import FairQueue
 from server.engine.preemption import victims
 from server.engine.sequence import NO_SLOT, Sequence
+from server.engine.step_cost import StepCost
 
 SCORED_TOKENS = 256
 """Most prompt tokens in one step whose logits are kept: each has one for all of the vocabulary."""
+
+_LENGTHENING = 0.3
+_LEAST_SHARE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +86,13 @@ class Admission:
 class _PromptBudget:
     """Tokens of prompts that a step may still compute.
 
-    While several tenants are about, those that have more waiting get only what others leave of an
-    eighth. Whoever comes next waits for the end of a step, and with the prompts of a flood every
-    step would be as long as it can get.
+    Tenants that have more waiting get only what others leave of a smaller number, where there is
+    one. Whoever comes next waits for the end of a step, and with the prompts of a flood every step
+    would be as long as it can get.
     """
 
-    def __init__(self, tokens: int, *, is_shared: bool) -> None:
-        backlog = max(1, tokens // 8) if is_shared else tokens
-        self._most = {False: tokens, True: backlog}  # by `is_backlogged`
+    def __init__(self, tokens: int, backlogged_tokens: int) -> None:
+        self._most = {False: tokens, True: backlogged_tokens}  # by `is_backlogged`
         self._left = dict(self._most)
         self._scored = SCORED_TOKENS
 
@@ -134,6 +137,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # running[i].slot == i
         self._clock = clock
         self._chunks = itertools.count(1)
+        self._cost = StepCost()
 
     @property
     def has_work(self) -> bool:
@@ -195,7 +199,7 @@ class Scheduler:
             if sequence.is_decoding:
                 sequence.account.charge(OUTPUT_COST)
                 spans.append(Span(sequence, sequence.length, (sequence.output_ids[-1],)))
-        budget = _PromptBudget(self.prefill_tokens, is_shared=self.waiting.is_shared)
+        budget = _PromptBudget(self.prefill_tokens, self._backlogged_tokens(len(spans)))
         prefilling = (s for s in self.running if not s.is_decoding and not s.is_sibling)
         for sequence in sorted(prefilling, key=_prefill_turn):
             span = budget.take(sequence, is_backlogged=self.waiting.has(sequence.account))
@@ -208,6 +212,23 @@ class Scheduler:
                     beam.is_decoding = True
                     beam.account.charge(OUTPUT_COST)
         return spans
+
+    def observe(self, spans: Iterable[Span], seconds: float) -> None:
+        """Learn from a step that took so long."""
+        tokens = [span.num_tokens for span in spans]
+        decoding = tokens.count(1)
+        self._cost.observe(decoding, sum(tokens) - decoding, seconds)
+
+    def _backlogged_tokens(self, decoding: int) -> int:
+        """How much of prompts may be computed for those that have more waiting.
+
+        While others may come, no more than makes a step of so many decoding rows a little longer.
+        """
+        if not self.waiting.expects_others:
+            return self.prefill_tokens
+        most = self._cost.prompt_tokens(decoding, _LENGTHENING)
+        least = max(1, self.prefill_tokens // _LEAST_SHARE)
+        return max(least, int(min(most, self.prefill_tokens)))
 
     def remove(self, sequence: Sequence) -> list[SlotMove]:
         """Take a sequence out of the queue, or it and its siblings out of their slots.

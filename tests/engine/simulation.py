@@ -85,7 +85,9 @@ class Simulation:
             span.sequence.length = span.end
             if span.completes_prompt:
                 self._token(span.sequence)
-        self.now += self._seconds(spans)
+        seconds = self._seconds(spans)
+        self.scheduler.observe(spans, seconds)
+        self.now += seconds
         return prefilled
 
     def _token(self, sequence: Sequence) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Callable
 from itertools import count, cycle
 from statistics import quantiles
 
@@ -279,24 +280,53 @@ def test_long_prompts_do_not_hold_up_another_tenants() -> None:
     assert simulation.finished == [short]
 
 
-def test_a_floods_prompts_are_a_small_part_of_a_step_while_another_may_come() -> None:
-    """Who comes waits for the end of a step, so no step may be long for prompts of a backlog."""
-    simulation = Simulation(max_slots=8, prefill_tokens=64)
+def flooded(seconds: Callable[[list[Span]], float]) -> tuple[Simulation, Callable[[], int]]:
+    """A flood of long prompts that has run a while; and a step, which gives its prompt tokens."""
+    simulation = Simulation(max_slots=8, prefill_tokens=64, seconds=seconds)
 
-    def prompt_tokens() -> dict[str, int]:
+    def step() -> int:
         for _ in range(9 - simulation.waiting("flood")):
             simulation.ask("flood", 100, 1)
-        return simulation.step()
+        return simulation.step()["flood"]
 
-    assert prompt_tokens() == {"flood": 64}
+    for _ in range(100):
+        assert step() == 64  # it is alone
+    return simulation, step
+
+
+def test_a_floods_prompts_are_a_small_part_of_a_step_while_another_may_come() -> None:
+    """Who comes waits for the end of a step, so no step may be long for prompts of a backlog."""
+    simulation, step = flooded(lambda spans: 0.1 + 0.02 * sum(span.num_tokens for span in spans))
     simulation.ask("guest", 5, 1)
-    assert prompt_tokens() == {"guest": 5, "flood": 3}
+    assert step() == 8 - 5
     simulation.ask("guest", 40, 1)
-    assert prompt_tokens() == {"guest": 40}
+    assert step() == 0
     assert simulation.holds("guest") == 0
-    for _ in range(59):
-        assert prompt_tokens() == {"flood": 8}
-    assert prompt_tokens() == {"flood": 64}
+    left = simulation.now
+    while simulation.now < left + 59:
+        assert step() == 8
+    while simulation.now < left + 61:
+        step()
+    assert step() == 64
+
+
+def test_a_flood_is_not_held_back_where_prompts_make_no_step_longer() -> None:
+    """As on a GPU, whose steps take as long as reading the weights."""
+    simulation, step = flooded(lambda _: 1.0)
+    simulation.ask("guest", 5, 1)
+    for _ in range(10):  # until now every step was alike, and told nothing of prompts alone
+        step()
+    assert [step() for _ in range(20)] == [64] * 20
+
+
+def test_two_floods_have_the_whole_bound() -> None:
+    simulation, step = flooded(lambda spans: 0.1 + 0.02 * sum(span.num_tokens for span in spans))
+    started = simulation.now
+    while simulation.now < started + 70:
+        for _ in range(9 - simulation.waiting("other")):
+            simulation.ask("other", 100, 1)
+        step()
+    assert simulation.step().total() == 64
 
 
 def test_time_without_a_slot_is_counted_after_it_was_lost_too() -> None:
