@@ -54,7 +54,12 @@ def valkey_process(folder: Path, socket: Path) -> Iterator[None]:
         with log.open("ab") as output:
             logged = output.tell()
             process = subprocess.Popen(  # noqa: S603
-                command, cwd=folder, stdout=output, stderr=output, pass_fds=[lock]
+                command,
+                cwd=folder,
+                stdout=output,
+                stderr=output,
+                pass_fds=[lock],
+                process_group=0,  # Ctrl-C is for the server, which needs the store to its end
             )
     finally:
         os.close(lock)

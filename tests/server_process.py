@@ -26,7 +26,7 @@ class ServerProcess:
 
     Attributes:
         url: where it listens.
-        process: its process; killed at the end of the test if it still runs.
+        process: its process, the first of a group; killed at the end of the test if it still runs.
         log: the file its output goes to.
         data_dir: where the admin key is.
     """
@@ -71,7 +71,9 @@ def running_server(model: str | Path, data_dir: Path, *flags: str) -> Iterator[S
     # One thread each: several servers and the tests share the machine's cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, process_group=0
+        )
     server = ServerProcess(f"http://127.0.0.1:{port}", process, log, data_dir)
     try:
         wait_until_ready(server)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,3 +60,26 @@ def test_a_version_that_returns_in_time_is_kept(folder: PrefixFolder) -> None:
 def test_an_unknown_version_is_ignored(folder: PrefixFolder) -> None:
     folder.drop("other")
     assert folder.prefix_length("other") is None
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from server.engine.vllm.prefix_folder import PrefixFolder
+print(PrefixFolder(Path(sys.argv[1])).path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_server_left_is_deleted_by_the_next(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [str(path) for path in tmp_path.iterdir()] == [killed.stdout.strip()]
+    (tmp_path / "prefixserve-file").touch()
+    (tmp_path / "other").mkdir()
+    folders = [PrefixFolder(tmp_path) for _ in range(2)]  # the second leaves the first alone
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"prefixserve-file", "other", *(folder.path.name for folder in folders)}
+    for folder in (*folders, *folders):
+        folder.close()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from prefix_store.prefix import Prefix
 from server.serve import main
 from tests.server.conftest import MAX_LENGTH
 from tests.server.live import LiveServer, live_server
-from tests.server_process import running_server
+from tests.server_process import ServerProcess, running_server
 
 ENDLESS: dict[str, Any] = {"inputs": "Hello", "parameters": {"max_new_tokens": MAX_LENGTH - 100}}
 
@@ -82,8 +83,18 @@ def test_a_restart_of_server_and_store_keeps_every_task(
         assert server.generate("Hello", "middle", max_new_tokens=4) == before
 
 
-def test_sigterm_lets_what_runs_finish_refuses_the_rest_and_exits_0(
-    endless_dir: Path, tmp_path: Path
+def terminate(server: ServerProcess) -> None:
+    server.process.send_signal(signal.SIGTERM)
+
+
+def press_ctrl_c(server: ServerProcess) -> None:
+    """A terminal tells every process that the command has started, and theirs."""
+    os.killpg(server.process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("end", [terminate, press_ctrl_c])
+def test_a_signal_lets_what_runs_finish_refuses_the_rest_and_exits_0(
+    endless_dir: Path, tmp_path: Path, end: Callable[[ServerProcess], None]
 ) -> None:
     flags = ["--no-demo-tasks", "--max-length", str(MAX_LENGTH), "--drain-seconds", "60"]
     body = {"inputs": "Hello", "parameters": {"max_new_tokens": 2500}}
@@ -94,7 +105,7 @@ def test_sigterm_lets_what_runs_finish_refuses_the_rest_and_exits_0(
     ):
         events = source.iter_sse()
         next(events)
-        server.process.send_signal(signal.SIGTERM)
+        end(server)
         while (ready := client.get("/health/ready")).status_code == httpx.codes.OK:
             pass
         assert (ready.status_code, ready.json()["error_type"]) == (503, "draining")
@@ -105,7 +116,9 @@ def test_sigterm_lets_what_runs_finish_refuses_the_rest_and_exits_0(
         rest = [json.loads(event.data) for event in events]
         assert rest[-1]["details"]["generated_tokens"] == 2500
         assert server.process.wait(60) == 0
-    assert "Traceback" not in server.log.read_text()
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    assert "the store does not answer" not in log
 
 
 def test_at_the_deadline_what_runs_is_told(endless: LoadedModel, tmp_path: Path) -> None:

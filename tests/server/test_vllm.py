@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
+from httpx_sse import connect_sse
 
 from prefix_store.archive import artefact_path
 from prefix_store.artefact import Artefact
@@ -64,6 +67,7 @@ def test_the_server_on_vllm_does_what_it_does_on_its_own_engine(
     model_dir: Path, model: LoadedModel, tmp_path: Path
 ) -> None:
     flags = ("--engine", "vllm", "--dtype", "float32", "--no-demo-tasks", "--max-slots", "4")
+    flags += ("--drain-seconds", "120")
     with (
         running_server(model_dir, tmp_path, *flags, "--max-length", "256") as server,
         httpx.Client(base_url=server.url, headers=server.headers, timeout=60) as client,
@@ -93,7 +97,31 @@ def test_the_server_on_vllm_does_what_it_does_on_its_own_engine(
         assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
         assert "vLLM" in refused.json()["error"]
         assert generate("nobody").status_code == httpx.codes.NOT_FOUND
-        assert server.stop() == 0
+
+        # Ctrl-C in a terminal reaches vLLM's processes, too: what runs is finished all the same.
+        body = {"inputs": "Once", "parameters": {"max_new_tokens": 64, "ignore_eos": True}}
+        with connect_sse(client, "POST", "/generate_stream", json=body) as source:
+            events = source.iter_sse()
+            next(events)
+            os.killpg(server.process.pid, signal.SIGINT)
+            assert json.loads([*events][-1].data)["details"]["generated_tokens"] == 64
+        assert server.process.wait(60) == 0
+    wait_until_gone(server.process.pid)
+
+
+def wait_until_gone(group: int) -> None:
+    """Poll until no process of a group runs."""
+    deadline = time.monotonic() + READY_SECONDS
+    while left := [process for process in psutil.process_iter() if runs_in(group, process)]:
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.05)
+
+
+def runs_in(group: int, process: psutil.Process) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
 
 
 @contextmanager

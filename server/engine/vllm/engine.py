@@ -43,6 +43,7 @@ from server.engine.protocol import (
 )
 from server.engine.vllm.arguments import VllmOptions, engine_arguments
 from server.engine.vllm.capture import captured_prefix
+from server.engine.vllm.environment import deaf_to_interrupts
 from server.engine.vllm.events import Events, StepFigures
 from server.engine.vllm.prefix_folder import PrefixFolder
 from server.engine.vllm.sampling import to_vllm
@@ -93,10 +94,11 @@ class VllmEngine:
         self._idle.set()
         self._closing = False
         try:
-            self._llm = AsyncLLM.from_engine_args(
-                engine_arguments(files, self._config, options, self._folder.path),
-                stat_loggers=[lambda *_: self._figures],
-            )
+            with deaf_to_interrupts():
+                self._llm = AsyncLLM.from_engine_args(
+                    engine_arguments(files, self._config, options, self._folder.path),
+                    stat_loggers=[lambda *_: self._figures],
+                )
         except Exception as error:
             self._folder.close()
             raise ModelLoadError(f"vLLM cannot run {files.spec.name!r}: {error}") from error

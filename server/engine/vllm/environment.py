@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.resource_tracker import ensure_running
 
 
 def prepare_environment(ranks: int) -> None:
@@ -21,6 +24,20 @@ def prepare_environment(ranks: int) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(sorted(os.sched_getaffinity(0)), ranks),
     }.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started meanwhile, and theirs, never hear of Ctrl-C.
+
+    A terminal tells it to all of them; this one ends the others, once their requests are finished.
+    """
+    ensure_running()  # it would let this process, and those to come, hear again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cores_of_ranks(cores: Sequence[int], ranks: int) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from prefix_store.archive import artefact_path
 from prefix_store.prefix import Prefix
 
 _TMPFS = Path("/dev/shm")  # noqa: S108 - a folder of our own is made there, for this user alone
+_NAME = "prefixserve-"
 
 
 @dataclass(slots=True)
@@ -25,13 +29,28 @@ class _Held:
 class PrefixFolder:
     """A private folder in memory with a file for each loaded version.
 
+    It is locked while its server lives: the system unlocks it when that ends, in whatever way.
+
     A version that was dropped keeps its file while requests use it: vLLM takes a running request's
     memory away when it has none left, and reads the prefix again when the request goes on.
     """
 
-    def __init__(self) -> None:
-        parent = _TMPFS if _TMPFS.is_dir() else None
-        self.path = Path(tempfile.mkdtemp(prefix="prefixserve-", dir=parent))
+    def __init__(self, parent: Path | None = None) -> None:
+        """Make the folder, and delete those of servers that were killed.
+
+        Args:
+            parent: where; by default memory, where the system has such a place.
+        """
+        parent = parent or (_TMPFS if _TMPFS.is_dir() else Path(tempfile.gettempdir()))
+        for path in parent.glob(f"{_NAME}*"):
+            _delete_if_left_behind(path)
+        # Locked before it has a name that others look at.
+        hidden = Path(tempfile.mkdtemp(prefix=f".{_NAME}", dir=parent))
+        lock = os.open(hidden, os.O_DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        self._lock = ExitStack()
+        self._lock.callback(os.close, lock)
+        self.path = hidden.rename(parent / hidden.name.removeprefix("."))
         self._held: dict[str, _Held] = {}
 
     def write(self, version: str, prefix: Prefix) -> None:
@@ -71,12 +90,29 @@ class PrefixFolder:
             self._forget_unused(version)
 
     def close(self) -> None:
-        """Delete everything."""
+        """Delete everything; again does nothing."""
         self._held.clear()
         shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
 
     def _forget_unused(self, version: str) -> None:
         held = self._held[version]
         if held.dropped and not held.readers:
             del self._held[version]
             artefact_path(self.path, version).unlink(missing_ok=True)
+
+
+def _delete_if_left_behind(path: Path) -> None:
+    """Delete a folder of this user's whose server is gone."""
+    try:
+        lock = os.open(path, os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # another user's, no folder, or gone
+        return
+    try:
+        if os.fstat(lock).st_uid == os.geteuid():
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:  # its server lives
+        pass
+    finally:
+        os.close(lock)
