@@ -20,7 +20,7 @@ from server.batches.runner import BatchRunner
 from server.batches.store import BatchStore
 from server.engine.protocol import Engine
 from server.engines import BaseModel, start_engine
-from server.generation import Generator
+from server.generator import Generator
 from server.keys import KeyService
 from server.metrics import Metrics
 from server.pins import Pins
