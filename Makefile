@@ -2,10 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-VLLM := .venv-vllm
-VLLM_STAMP := .venv-vllm/.installed
 
-.PHONY: setup lock serve test test-vllm lint bench bench-smoke peers clean
+.PHONY: setup lock serve ray-demo test test-vllm test-ray lint bench bench-smoke peers clean
 
 setup: $(STAMP)
 
@@ -19,13 +17,13 @@ $(STAMP): requirements.lock requirements-no-deps.lock pyproject.toml | $(BIN)/py
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
-# vLLM wants an older numpy, so it has an environment of its own, with .venv's packages behind its
-# own. torchvision and the like, which it names and does not need here, are left out.
-$(VLLM_STAMP): requirements-vllm.lock | $(BIN)/python
-	test -x $(VLLM)/bin/python || $(BIN)/python -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --no-deps -r requirements-vllm.lock
+# vLLM wants an older numpy and Ray is large, so each has an environment of its own, with .venv's
+# packages behind its own. torchvision and the like, which vLLM names, are left out.
+.venv-%/.installed: requirements-%.lock | $(BIN)/python
+	test -x .venv-$*/bin/python || $(BIN)/python -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --no-deps -r requirements-$*.lock
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
-		"$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth"
+		"$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth"
 	touch $@
 
 # Pins what .venv holds now; run it after changing dependencies and trying them.
@@ -37,18 +35,25 @@ lock:
 serve: setup
 	$(BIN)/prefixserve serve
 
-# Installs both environments side by side, and lints meanwhile. A file's tests share their servers, so
+# Two replicas behind Ray Serve on this machine.
+ray-demo: $(STAMP) .venv-ray/.installed
+	.venv-ray/bin/python -m deploy.ray.demo
+
+# Installs the environments side by side, and lints meanwhile. A file's tests share their servers, so
 # a file goes to one process; in their own order, files with few and long tests do not come last, when
 # the other process has nothing left to do.
 test:
-	$(MAKE) --jobs 2 lint $(VLLM_STAMP)
-	$(MAKE) test-vllm
+	$(MAKE) --jobs 2 lint .venv-vllm/.installed .venv-ray/.installed
+	$(MAKE) test-vllm test-ray
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
-		--no-loadscope-reorder -m "not vllm"
+		--no-loadscope-reorder -m "not vllm and not ray"
 
-test-vllm: $(STAMP) $(VLLM_STAMP)
-	VLLM_CPU_CI_ENV=1 $(VLLM)/bin/python -m pytest -m vllm --timeout 600 tests/engine \
+test-vllm: $(STAMP) .venv-vllm/.installed
+	VLLM_CPU_CI_ENV=1 .venv-vllm/bin/python -m pytest -m vllm --timeout 600 tests/engine \
 		tests/server/test_vllm.py tests/server/test_vllm_connector.py
+
+test-ray: $(STAMP) .venv-ray/.installed
+	.venv-ray/bin/python -m pytest -m ray --timeout 600 tests/deploy/test_ray.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -69,4 +74,4 @@ peers: setup
 	benchmarks/peers/setup.sh
 
 clean:
-	rm -rf .venv .venv-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-vllm .venv-ray build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

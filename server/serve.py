@@ -15,6 +15,7 @@ from functools import partial
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from prefix_store.data_dir import admin_key_file
 from prefix_store.errors import PrefixStoreError, UnknownTaskError
@@ -53,13 +54,14 @@ async def serve(
     settings: Settings,
     loaded: BaseModel,
     listener: socket.socket,
-    on_ready: Callable[[Services, str], Awaitable[None]],
+    on_ready: Callable[[Services, ASGIApp, str], Awaitable[None]],
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve on a bound socket until a signal, or until `stop` is set.
 
     Args:
-        on_ready: awaited once requests are answered, with the server's address.
+        on_ready: awaited once requests are answered, with the application, which whoever has
+            another way in may call too, and the server's address.
     """
     stop = _stop_on_signals() if stop is None else stop
     async with (
@@ -68,14 +70,15 @@ async def serve(
         asyncio.TaskGroup() as group,
     ):
         services.batches.start(_batch_work(services))
+        app = RequestLog(create_app(services), tracing)
         config = uvicorn.Config(
-            RequestLog(create_app(services), tracing),
+            app,
             lifespan="off",
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
-        server = _Server(config, lambda: on_ready(services, _address(listener)))
+        server = _Server(config, lambda: on_ready(services, app, _address(listener)))
         serving = group.create_task(server.serve(sockets=[listener]))
         stopping = group.create_task(stop.wait())
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -156,7 +159,7 @@ def _address(listener: socket.socket) -> str:
     return f"http://[{own}]:{port}" if ":" in own else f"http://{own}:{port}"
 
 
-async def _announce(services: Services, address: str) -> None:
+async def _announce(services: Services, _: ASGIApp, address: str) -> None:
     """Tell the operator where the server is and a request that works."""
     body: dict[str, str] = {"inputs": "The capital of France is"}
     for demo in DEMO_TASKS:

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from httpx_sse import connect_sse
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import ASGIApp
 
 from prefix_store.data_dir import admin_key_file
 from prefix_store.model_loading import LoadedModel
@@ -120,7 +121,7 @@ def live_server(
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        async def announce(_: Services, address: str) -> None:
+        async def announce(_: Services, __: ASGIApp, address: str) -> None:
             headers = bearer(admin_key_file(data_dir).read_text().strip()) if auth else {}
             client = httpx.Client(base_url=address, timeout=DEADLINE_SECONDS, headers=headers)
             stop = partial(loop.call_soon_threadsafe, stopped.set)
