@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from clients import Client
+from clients import Client, UnavailableError
 from clients._calls import TASK_HEADER
 from prefix_store.data_dir import admin_key_file
 from prefix_store.prefix import Prefix
@@ -70,6 +71,18 @@ class Demo:
             for sample in family.samples
             if sample.name == f"prefixserve_{name}" and labels.items() <= sample.labels.items()
         )
+
+    def pid(self, replica: int) -> int | None:
+        """The process that listens at a replica's own address."""
+        port = int(self.own[replica].rpartition(":")[2])
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                found = child.net_connections("tcp")
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            if any(one.laddr.port == port and one.status == psutil.CONN_LISTEN for one in found):
+                return int(child.pid)
+        return None
 
 
 def until(is_so: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
@@ -243,3 +256,49 @@ def test_what_one_replica_has_is_asked_of_that_one(demo: Demo, path: str) -> Non
         answer = http.get(path)
     assert answer.status_code == httpx.codes.MISDIRECTED_REQUEST
     assert "at its own address" in answer.text
+
+
+def a_task_each(demo: Demo) -> tuple[str, str]:
+    """A task whose prefix the first replica alone has, and one of the second's."""
+    found: dict[str, str] = {}
+    for number in range(20):  # new tasks go to whichever has fewer
+        task = f"own-{number}"
+        found.setdefault(held_by_one(demo, task), task)
+        if len(found) == 2:
+            break
+    of_second, of_first = (
+        [task for task in found.values() if (demo.metric(1, "requests_total", task=task) > 0) is at]
+        for at in (True, False)
+    )
+    return of_first[0], of_second[0]
+
+
+def test_a_killed_replica_loses_its_requests_alone_and_comes_back(demo: Demo) -> None:
+    lost, kept = a_task_each(demo)
+    pid = demo.pid(0)
+    assert pid is not None
+
+    def generated(client: Client, task: str) -> str:
+        return client.generate(
+            "Hello", task_id=task, max_new_tokens=LONG, ignore_eos=True
+        ).generated_text
+
+    with (
+        demo.client() as patient,
+        demo.client(max_retries=0) as hasty,
+        ThreadPoolExecutor(2 * SLOTS) as threads,
+    ):
+        expected = {task: generated(hasty, task) for task in (lost, kept)}
+        retried = [threads.submit(generated, patient, lost) for _ in range(SLOTS - 1)]
+        given_up = threads.submit(generated, hasty, lost)
+        beside = [threads.submit(generated, hasty, kept) for _ in range(SLOTS)]
+        until(lambda: all(demo.metric(one, "running_requests") == SLOTS for one in (0, 1)))
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(UnavailableError, match="has died"):
+            given_up.result()
+        assert {one.result() for one in beside} == {expected[kept]}
+        assert {one.result() for one in retried} == {expected[lost]}
+        until(lambda: is_ready(demo.own[0]), START_SECONDS)
+        assert demo.pid(0) not in {pid, None}
+        with demo.client(demo.own[0]) as returned:
+            assert generated(returned, lost) == expected[lost]
