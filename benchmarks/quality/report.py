@@ -12,6 +12,7 @@ from benchmarks.quality.plan import LENGTHS, LONG, METHODS, ROW_COUNTS, SEEDS, T
 from benchmarks.quality.plots import draw_length, draw_low_data
 from benchmarks.quality.texts import BASE, BASE_BARE, BASE_PLAIN, BASES, INSTRUCTION
 
+_ALIKE = 0.5  # BLEU; far less than the intervals
 Results = Mapping[str, Mapping[str, Any]]
 _NAMES = {
     "prefix": "prefix-tuning",
@@ -200,11 +201,14 @@ def _extrapolation(results: Results) -> str:
         ]
         lines.append(f"| {_NAMES[method]} | {' | '.join(cells)} |")
     if len(found) == 2:
-        holds = found["prefix"] > found["finetune"]
+        ahead = found["prefix"] - found["finetune"]
+        seen = [bleu(results[f"extrapolation-{method}"], "seen") for method in found]
+        holds = _verdict(ahead > _ALIKE, some=abs(ahead) <= _ALIKE and seen[0] < seen[1])
         lines += [
             "",
             "The paper: prefix-tuning is ahead of fine-tuning on unseen categories. Here: "
-            f"{_verdict(holds)}, BLEU {found['prefix']:.1f} and {found['finetune']:.1f}.",
+            f"{holds}; there it is {_difference(ahead)}, "
+            f"and on seen categories {_difference(seen[0] - seen[1])}.",
         ]
     return "\n".join(lines)
 
@@ -221,11 +225,13 @@ def _length(results: Results) -> str:
         lines.append(f"| {n} | {_with_interval(scores[n]) if n in scores else 'not run'} |")
     lines += ["", "![BLEU by prefix length](images/quality-length.png)"]
     if len(scores) > 1:
-        best = max(scores, key=lambda n: scores[n]["value"])
+        most = max(score["value"] for score in scores.values())
+        alike = [n for n, score in scores.items() if most - score["value"] <= _ALIKE]
         lines += [
             "",
             "The paper: BLEU rises with length up to a threshold (10 for table-to-text) and falls "
-            f"a little behind it. Here it is highest with {best}.",
+            f"a little behind it. Here it rises as far as {min(alike)}; "
+            f"within {_ALIKE} of the best are {_listed(alike)}.",
         ]
     return "\n".join(lines)
 
@@ -250,6 +256,12 @@ def _starts(results: Results) -> str:
             f"Here: {_verdict(holds)}.",
         ]
     return "\n".join(lines)
+
+
+def _difference(ahead: float) -> str:
+    if abs(ahead) <= _ALIKE:
+        return f"as good ({ahead:+.1f} BLEU)"
+    return f"{abs(ahead):.1f} BLEU {'ahead' if ahead > 0 else 'behind'}"
 
 
 def _verdict(holds: bool, *, some: bool = False) -> str:
