@@ -40,6 +40,22 @@ def test_a_report_without_results_says_that_nothing_was_run(tmp_path: Path) -> N
     assert "it holds" not in text
 
 
+def unseen(prefix: float, finetune: float, seen: float = 40.0) -> dict[str, Any]:
+    found = {"prefix": result(prefix, parts=("seen", "unseen")), "finetune": result(finetune)}
+    found["finetune"]["scores"] = {
+        "seen": result(seen)["scores"]["dev"],
+        "unseen": result(finetune)["scores"]["dev"],
+    }
+    return {f"extrapolation-{method}": one for method, one in found.items()}
+
+
+def test_a_small_difference_is_not_called_a_finding(tmp_path: Path) -> None:
+    text = report(unseen(30.1, 30.0), tmp_path)
+    assert "it holds in part; there it is as good (+0.1 BLEU)" in text
+    assert "it does not hold" in report(unseen(30.1, 30.0, seen=20.0), tmp_path)
+    assert "it holds; there it is 2.0 BLEU ahead" in report(unseen(32.0, 30.0), tmp_path)
+
+
 def test_findings_follow_the_results(tmp_path: Path) -> None:
     low = {
         f"low-{rows}-{method}-{seed}": result(50 + (method == "prefix") * (250 - rows) / 10 + seed)
@@ -47,12 +63,8 @@ def test_findings_follow_the_results(tmp_path: Path) -> None:
         for method in ("prefix", "finetune")
         for seed in SEEDS
     }
-    unseen = {
-        f"extrapolation-{method}": result(bleu, parts=("seen", "unseen"))
-        for method, bleu in (("prefix", 30.0), ("finetune", 31.0))
-    }
-    text = report({**low, **unseen}, tmp_path)
+    text = report({**low, **unseen(30.0, 31.0)}, tmp_path)
     assert "it holds in part; it is ahead, by the mean of seeds, with 50, 100, 200 of" in text
-    assert "it does not hold, BLEU 30.0 and 31.0" in text
+    assert "it does not hold; there it is 1.0 BLEU behind" in text
     assert "| 50 | 71.0, 72.0 | 51.0, 52.0 |" in text
     assert (tmp_path / "images" / "quality-low-data.png").read_bytes().startswith(b"\x89PNG")
