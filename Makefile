@@ -39,12 +39,13 @@ serve: setup
 ray-demo: $(STAMP) .venv-ray/.installed
 	.venv-ray/bin/python -m deploy.ray.demo
 
-# Installs the environments side by side, and lints meanwhile. A file's tests share their servers, so
-# a file goes to one process; in their own order, files with few and long tests do not come last, when
-# the other process has nothing left to do.
+# Installs the environments side by side, and lints meanwhile; tests vLLM and Ray side by side, each of
+# which leaves a processor idle. A file's tests share their servers, so a file goes to one process; in
+# their own order, files with few and long tests do not come last, when the other process has nothing
+# left to do.
 test:
 	$(MAKE) --jobs 2 lint .venv-vllm/.installed .venv-ray/.installed
-	$(MAKE) test-vllm test-ray
+	$(MAKE) --jobs 2 --output-sync=target test-vllm test-ray
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder -m "not vllm and not ray"
 
