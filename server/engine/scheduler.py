@@ -16,6 +16,8 @@ from server.engine.step_cost import StepCost
 SCORED_TOKENS = 256
 """Most prompt tokens in one step whose logits are kept: each has one for all of the vocabulary."""
 
+# While others may come, a backlog's prompts make a step by so much of it longer, or have this part
+# of the bound. Less of either made nobody wait less, and the whole slower (docs/fairness.md).
 _LENGTHENING = 0.3
 _LEAST_SHARE = 8
 
