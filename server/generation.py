@@ -70,6 +70,11 @@ class GenerationJob:
     priority: int = 0
     fields: FieldNames = FieldNames()
 
+    @property
+    def num_sequences(self) -> int:
+        """To generate, each of them with as many beams as `sampling` says."""
+        return len(self.inputs) * self.samples
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:

@@ -92,8 +92,10 @@ class Generator:
         started = time.perf_counter()
         self._requests.check(job)
         self._tell_log(job)
+        # Of a flood most is refused: before it costs anything, the time of others above all.
+        self._engine.check_places(job.caller.tenant, job.num_sequences * job.sampling.num_beams)
         account = await stack.enter_async_context(
-            self._accounting.call(job.caller, len(job.inputs) * job.samples)
+            self._accounting.call(job.caller, job.num_sequences)
         )
         record, split = await self._lease(job, stack)
         job = bounded(job, account.max_new_tokens)

@@ -119,6 +119,10 @@ class NativeEngine:
         """See `Engine.is_alive`."""
         return self._thread.is_alive()
 
+    def check_places(self, tenant: str, sequences: int) -> None:
+        """See `Engine.check_places`."""
+        self._places.check(tenant, sequences)
+
     def submit(self, request: GenerationRequest) -> EventStream:
         """See `Engine.submit`."""
         if self._closing:

@@ -21,20 +21,30 @@ class Places:
         self._requests: dict[str, GenerationRequest] = {}
         self._held: Counter[str] = Counter()
 
+    def check(self, tenant: str, sequences: int) -> None:
+        """Would a tenant have places for so many now?
+
+        Raises:
+            QueueFullError: it would not.
+        """
+        held = self._held[tenant]
+        tenants = len(self._held.keys() | {tenant})
+        is_full = self._held.total() + sequences > self._limit
+        if is_full and held + sequences > self._limit / tenants:
+            yours = f" {held} of those here are yours;" if tenants > 1 else ""
+            raise QueueFullError(
+                f"the queue is full: {self._max_waiting} sequences may wait, each beam being one;"
+                f"{yours} try again in a moment"
+            )
+
     def take(self, request: GenerationRequest) -> None:
         """Keep places for a request.
 
         Raises:
             QueueFullError: there are none for its tenant.
         """
-        beams, held = request.sampling.num_beams, self._held[request.tenant]
-        tenants = len(self._held.keys() | {request.tenant})
-        if self._held.total() + beams > self._limit and held + beams > self._limit / tenants:
-            yours = f" {held} of those here are yours;" if tenants > 1 else ""
-            raise QueueFullError(
-                f"the queue is full: {self._max_waiting} sequences may wait, each beam being one;"
-                f"{yours} try again in a moment"
-            )
+        beams = request.sampling.num_beams
+        self.check(request.tenant, beams)
         self._held[request.tenant] += beams
         self._requests[request.request_id] = request
 

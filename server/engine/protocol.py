@@ -306,6 +306,15 @@ class Engine(Protocol):
     def is_alive(self) -> bool:
         """False once it cannot generate any more; only a restart helps then."""
 
+    def check_places(self, tenant: str, sequences: int) -> None:
+        """Refuse a call of so many sequences, each beam being one, before anything is done for it.
+
+        Nothing is kept for it: `submit` may still find the queue full.
+
+        Raises:
+            QueueFullError
+        """
+
     def submit(self, request: GenerationRequest) -> TokenStream:
         """Queue a request; its tokens come from the iterator, the last with a finish_reason.
 

@@ -259,9 +259,12 @@ async def test_a_poisoned_prefix_fails_its_own_request_only(subject: Subject) ->
 async def test_a_full_queue_refuses_and_then_takes_again(subject: Subject) -> None:
     engine = subject.engine
     most = CONFIG.max_slots + CONFIG.max_waiting
+    engine.check_places("", most)
     streams = [engine.submit(GenerationRequest(str(i), (9, 10), ENDLESS)) for i in range(most)]
     with pytest.raises(QueueFullError, match="2 sequences may wait"):
         engine.submit(request("late"))
+    with pytest.raises(QueueFullError, match="2 sequences may wait"):
+        engine.check_places("", 1)
     await streams[0].aclose()
     late = engine.submit(request("late"))
     for stream in streams[1:]:

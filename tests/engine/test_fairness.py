@@ -365,7 +365,13 @@ def test_a_full_queue_refuses_whoever_has_more_than_an_equal_share() -> None:
         for _ in range(times):
             places.give_back(held[tenant].pop())
 
+    places.check("flood", 12)
+    with pytest.raises(QueueFullError):
+        places.check("flood", 13)
     take("flood", 12)
+    places.check("guest", 6)  # half of all
+    with pytest.raises(QueueFullError):
+        places.check("guest", 7)
     with pytest.raises(QueueFullError, match="10 sequences may wait, each beam being one; try"):
         take("flood")
     take("guest", 6)

@@ -123,6 +123,10 @@ class VllmEngine:
         """See `Engine.is_alive`."""
         return not self._llm.errored
 
+    def check_places(self, tenant: str, sequences: int) -> None:
+        """See `Engine.check_places`."""
+        self._places.check(tenant, sequences)
+
     def submit(self, request: GenerationRequest) -> EventStream:
         """See `Engine.submit`."""
         self._check_open()
