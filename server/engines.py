@@ -12,6 +12,7 @@ from server.engine.native import NativeEngine
 from server.engine.protocol import Engine, EngineConfig, StepObserver
 from server.engine.vllm.environment import prepare_environment
 from server.errors import StartupError
+from server.freed_memory import return_freed_memory
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ def start_engine(settings: Settings, model: BaseModel, on_step: StepObserver) ->
         cuda_graphs=settings.cuda_graphs,
     )
     if isinstance(model, LoadedModel):
-        return NativeEngine(model, config, on_step)
+        engine = NativeEngine(model, config, on_step)
+        return_freed_memory()
+        return engine
     # These import vLLM.
     from server.engine.vllm.arguments import VllmOptions  # noqa: PLC0415
     from server.engine.vllm.engine import VllmEngine  # noqa: PLC0415
