@@ -19,12 +19,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+from benchmarks.launch import ROOT, Launch, as_command, command_of, forked
 from benchmarks.plot import draw
 
-ROOT = Path(__file__).parent.parent
 LATEST = ROOT / "benchmarks" / "results" / "latest.json"
 PLOT = ROOT / "docs" / "images" / "performance.png"
 NAMES = tuple(
@@ -46,30 +45,23 @@ NAMES = tuple(
     if importlib.util.find_spec(f"benchmarks.{name}")
 )
 _SMOKE_WORKERS = 2
+_SMOKE_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run(name: str, extra: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
+def run(name: str, extra: Sequence[str], launch: Launch) -> dict[str, Any]:
     """One benchmark's JSON line, with the date and the command.
 
     Raises:
         subprocess.CalledProcessError: it failed.
         ValueError: its last line is not a JSON object with results and ratios.
     """
-    command = ["python", "-m", f"benchmarks.{name}", *extra]
-    finished = subprocess.run(
-        [sys.executable, *command[1:], "--json"],
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    last = (finished.stdout.strip().splitlines() or [""])[-1]
+    printed = launch(name, [*extra, "--json"])
+    last = (printed.strip().splitlines() or [""])[-1]
     result = json.loads(last)
     if not isinstance(result, dict) or not {"results", "ratios"} <= result.keys():
         raise ValueError(f"expected a JSON object with results and ratios, found {last[:200]}")
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"date": date, "command": " ".join(command), **result}
+    return {"date": date, "command": " ".join(command_of(name, extra)), **result}
 
 
 def merge(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -88,11 +80,14 @@ def run_all(
     def attempt(name: str) -> tuple[dict[str, Any] | None, str]:
         started = time.monotonic()
         try:
-            result = run(name, extra, {"OMP_NUM_THREADS": "1"} if smoke else {})
+            result = run(name, extra, launch)
         except (subprocess.CalledProcessError, ValueError) as error:
             return None, f"failed: {error}"
         return result, f"{time.monotonic() - started:.0f} s"
 
+    if smoke:
+        os.environ |= _SMOKE_ENVIRONMENT
+    launch = forked(names) if smoke else as_command
     # Only timings need the machine to themselves, and of a smoke run none are kept.
     with ThreadPoolExecutor(_SMOKE_WORKERS if smoke else 1) as pool:
         attempts = [pool.submit(attempt, name) for name in names]

@@ -38,17 +38,25 @@ from benchmarks.http import ServerProcess, percentiles, running_server
 FLOOD, GUEST = "flood", "guest"
 FLOOD_SHARES, GUEST_SHARES = 50, 0.5
 FLOOD_INPUTS = 32
-PATIENCE_SECONDS = 5
 ALONE, BESIDE, ONE_KEY = "alone", "beside_flood", "one_key"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure."""
+    """How much to measure.
+
+    Attributes:
+        slots, waiting: how many sequences the server runs, and lets wait.
+        capacity_calls: of the flood, to measure the capacity with.
+        seconds, patience: of a round, and to wait at its end for what is not answered yet.
+    """
 
     slots: int
+    waiting: int
     new_tokens: int
+    capacity_calls: int
     seconds: float
+    patience: float
     rounds: int
 
 
@@ -139,10 +147,10 @@ class Clients:
                 task.cancel()
             await asyncio.gather(*ended, return_exceptions=True)
 
-    async def capacity(self, sequences: int) -> float:
+    async def capacity(self, calls: int) -> float:
         """Sequences a second while there are more than fit."""
         started = time.perf_counter()
-        calls, load = sequences // FLOOD_INPUTS, Load(FLOOD, 0, FLOOD, FLOOD_INPUTS)
+        load = Load(FLOOD, 0, FLOOD, FLOOD_INPUTS)
         await asyncio.gather(*(self.ask("capacity", load, Seen()) for _ in range(calls)))
         return calls * FLOOD_INPUTS / (time.perf_counter() - started)
 
@@ -167,10 +175,10 @@ class Clients:
 class Rounds:
     """Rounds of the guest alone and beside the flood, on one server."""
 
-    def __init__(self, clients: Clients, share: float, seconds: float) -> None:
+    def __init__(self, clients: Clients, share: float, plan: Plan) -> None:
         self._clients = clients
         self._share = share
-        self._seconds = seconds
+        self._plan = plan
         self._guest: dict[str, Seen] = defaultdict(Seen)
         self._flood: dict[str, Seen] = defaultdict(Seen)
         self._steps: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -189,11 +197,11 @@ class Rounds:
             await self._ask(kind, key=FLOOD if kind == ONE_KEY else GUEST)
 
     async def _ask(self, kind: str, key: str = GUEST) -> None:
-        load = Load(GUEST, GUEST_SHARES * self._share, key, patience=PATIENCE_SECONDS)
+        load = Load(GUEST, GUEST_SHARES * self._share, key, patience=self._plan.patience)
         names = ("step_seconds_sum", "step_seconds_count", "preempted_total")
         before = await self._clients.metrics()
         async with self._clients.asking(kind, load, self._guest[kind]):
-            await asyncio.sleep(self._seconds)
+            await asyncio.sleep(self._plan.seconds)
         after = await self._clients.metrics()
         added = [after[name] - before[name] for name in names]
         self._steps[kind] = [a + b for a, b in zip(self._steps[kind], added, strict=True)]
@@ -247,9 +255,9 @@ async def measure(server: ServerProcess, log: Path, plan: Plan) -> dict[str, Any
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as http:
         clients = Clients(http, await _keys(http, server), plan.new_tokens)
-        await clients.capacity(2 * FLOOD_INPUTS)
-        capacity = await clients.capacity(6 * FLOOD_INPUTS)
-        rounds = Rounds(clients, capacity / 2, plan.seconds)
+        await clients.capacity(1)
+        capacity = await clients.capacity(plan.capacity_calls)
+        rounds = Rounds(clients, capacity / 2, plan)
         for _ in range(plan.rounds):
             await rounds.run(ALONE)
             await rounds.run(BESIDE)
@@ -260,12 +268,13 @@ async def measure(server: ServerProcess, log: Path, plan: Plan) -> dict[str, Any
 def main() -> None:
     """Run and report."""
     options = arguments(__doc__ or "").parse_args()
-    plan = Plan(slots=64, new_tokens=16, seconds=20, rounds=options.rounds)
+    plan = Plan(64, 512, 16, capacity_calls=6, seconds=20, patience=5, rounds=options.rounds)
     if options.smoke:
-        plan = Plan(slots=4, new_tokens=1, seconds=2, rounds=1)
+        plan = Plan(4, 64, 1, capacity_calls=1, seconds=1, patience=2, rounds=1)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        flags = ["--max-slots", str(plan.slots), "--max-length", "256"]
+        flags = ["--max-slots", str(plan.slots), "--max-waiting", str(plan.waiting)]
+        flags += ["--max-length", "256"]
         with running_server(*flags, log=log) as server:
             results = asyncio.run(measure(server, log, plan))
     if not options.json:
